@@ -1,0 +1,1 @@
+"""THE LEARNERS: reach any environment through reset/step."""

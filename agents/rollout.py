@@ -1,0 +1,295 @@
+"""Collect whole dialogues from a vector environment through the standard reset/step loop.
+
+    batch = collect_rollouts(envs, policy, seed=0, options={"group_size": 8})
+    batch.reward_BT[batch.alive_BT].mean()
+
+Works with any policy that has `predict`; a policy that has `begin` (`LMPolicy`) speaks for all slots at once
+and leaves its tokens and log-probabilities in the batch. B slots = dialogues, T turns, L tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from .policy import Messages, Policy
+
+# Keeps the agent's random streams apart from those that an environment spawns from the same seed.
+_AGENT_STREAM = 0x5BEA4
+
+# What a slot whose dialogue is over "says" while others go on; environments ignore it.
+_FILLER = "..."
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """B dialogues of up to T turns, as they happened. Entries after a dialogue's end are not alive."""
+
+    reward_BT: np.ndarray
+    """Reward of each turn, float64; NaN where the turn could not be scored, 0 where not alive."""
+    alive_BT: np.ndarray
+    """Whether the turn took place, bool."""
+    group_B: np.ndarray
+    """Group id of each dialogue, int64; every dialogue its own group where the environment names none."""
+    cut_BT: np.ndarray
+    """Whether the line was cut by `max_new_tokens`, bool; all False for policies without tokens."""
+    truncated_B: np.ndarray
+    """Whether the dialogue was cut off from outside: by the environment or by a full model context, bool."""
+    part_BT: dict[str, np.ndarray]
+    """The reward's components by name, float64 (B, T); NaN where there was none."""
+    transcripts: list[Messages]
+    """The last observation of each dialogue: all that was said."""
+    boundaries: tuple[int, ...] | None
+    """First turn of each phase, where the environment has phases."""
+    seconds: float
+    """Wall-clock time of the collection."""
+    token_BL: np.ndarray | None = None
+    """Token ids, int64, right-padded; None (as the next two) where the policy has no tokens."""
+    turn_BL: np.ndarray | None = None
+    """The turn that spoke the token, int64; -1 for tokens that are not the agent's."""
+    old_logprob_BL: np.ndarray | None = None
+    """Log-probabilities of the agent's tokens when sampled, float32; 0 elsewhere."""
+    length_B: np.ndarray | None = None
+    """Number of tokens of each dialogue, int64."""
+
+    @property
+    def num_turns(self) -> int:
+        """Agent turns in the batch: timesteps."""
+        return int(self.alive_BT.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the agent sampled; 0 where the policy has no tokens."""
+        return 0 if self.turn_BL is None else int((self.turn_BL >= 0).sum())
+
+
+class _TokenRecord(Protocol):
+    """The fields of `lm_policy.Tape` that a batch takes over."""
+
+    @property
+    def token_BL(self) -> np.ndarray: ...
+    @property
+    def turn_BL(self) -> np.ndarray: ...
+    @property
+    def old_logprob_BL(self) -> np.ndarray: ...
+    @property
+    def length_B(self) -> np.ndarray: ...
+    @property
+    def cut_BT(self) -> np.ndarray: ...
+
+
+class _Speaker(Protocol):
+    """Speaks for B dialogues side by side; `lm_policy.Conversation` is one."""
+
+    @property
+    def truncated_B(self) -> np.ndarray: ...
+
+    def reply(
+        self, observations: Sequence[Messages], active_B: np.ndarray, deterministic: bool
+    ) -> list[str]: ...
+
+    def tape(self) -> _TokenRecord | None: ...
+
+
+@runtime_checkable
+class _BatchPolicy(Protocol):
+    """A policy that holds many dialogues at once."""
+
+    def begin(self, batch_size: int, rngs: Sequence[np.random.Generator]) -> _Speaker: ...
+
+
+class _OneByOne:
+    """A speaker made of a policy that only has `predict`."""
+
+    def __init__(self, policy: Policy, size: int) -> None:
+        self._policy = policy
+        self.truncated_B = np.zeros(size, dtype=bool)
+
+    def reply(
+        self, observations: Sequence[Messages], active_B: np.ndarray, deterministic: bool
+    ) -> list[str]:
+        """Return one line per active dialogue, "" for the others."""
+        return [
+            self._policy.predict(observation, deterministic)[0] if active else ""
+            for observation, active in zip(observations, active_B, strict=True)
+        ]
+
+    def tape(self) -> None:
+        """Return None: there are no tokens."""
+        return None
+
+
+def collect_rollouts(
+    envs: VectorEnv[Any, Any, Any],
+    policy: Policy | _BatchPolicy,
+    *,
+    seed: int | None = None,
+    options: dict[str, Any] | None = None,
+    deterministic: bool = False,
+    keep_tokens: bool = True,
+) -> RolloutBatch:
+    """Play one dialogue from start to end in every slot of `envs` and return what happened.
+
+    Args:
+        envs: a vector environment of dialogues: this project's own, or Gymnasium's Sync/AsyncVectorEnv.
+        policy: has `predict`; if it has `begin` too, its batched conversation is used.
+        seed: of the environment's reset and, in a stream of its own, of one generator per slot for the agent.
+            Policies without `begin` have their own seed.
+        options: passed to `reset`, e.g. {"group_size": 8}.
+        deterministic: the agent takes its most likely line.
+        keep_tokens: ask the policy for its token record; False for mere acting, where a chat template that
+            cannot be trained on is no obstacle.
+
+    Raises:
+        ValueError: if `keep_tokens` and the policy's chat template cannot give one sequence per dialogue.
+    """
+    start = time.perf_counter()
+    size = envs.num_envs
+    speaker = _speaker(policy, size, seed)
+    observations, infos = envs.reset(seed=seed, options=None if options is None else dict(options))
+    transcripts: list[Messages] = list(observations)
+    group_B = _groups(infos, size)
+    alive_B = np.ones(size, dtype=bool)
+    truncated_B = np.zeros(size, dtype=bool)
+    rewards, alives, parts = [], [], []
+
+    while True:
+        texts = speaker.reply(transcripts, alive_B, deterministic)
+        alive_B &= ~_silenced(speaker, texts)
+        if not alive_B.any():
+            break
+        actions = tuple(
+            text if alive else _FILLER for text, alive in zip(texts, alive_B, strict=True)
+        )
+        observations, reward_B, terminated_B, cut_off_B, infos = envs.step(actions)
+
+        rewards.append(np.where(alive_B, reward_B, 0.0))
+        alives.append(alive_B.copy())
+        parts.append(_reward_parts(infos, alive_B))
+        for slot in np.flatnonzero(alive_B):
+            transcripts[slot] = _last_observation(observations, infos, int(slot))
+        truncated_B |= alive_B & cut_off_B
+        done_B = terminated_B | cut_off_B
+        alive_B &= ~done_B
+        if not alive_B.any():
+            break
+        _reset_finished(envs, done_B)
+
+    alive_BT = _stack(alives, size, bool)
+    tape = speaker.tape() if keep_tokens else None
+    return RolloutBatch(
+        reward_BT=_stack(rewards, size, np.float64),
+        alive_BT=alive_BT,
+        group_B=group_B,
+        cut_BT=np.zeros_like(alive_BT) if tape is None else tape.cut_BT[:, : alive_BT.shape[1]],
+        truncated_B=truncated_B | speaker.truncated_B,
+        part_BT=_stack_parts(parts, size),
+        transcripts=transcripts,
+        boundaries=_boundaries(envs),
+        seconds=time.perf_counter() - start,
+        token_BL=None if tape is None else tape.token_BL,
+        turn_BL=None if tape is None else tape.turn_BL,
+        old_logprob_BL=None if tape is None else tape.old_logprob_BL,
+        length_B=None if tape is None else tape.length_B,
+    )
+
+
+def agent_generators(seed: int | None, number: int) -> list[np.random.Generator]:
+    """Return one generator per slot; slot b's depends on the seed and b alone, not on `number`."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(_AGENT_STREAM,))
+    return [np.random.default_rng(child) for child in sequence.spawn(number)]
+
+
+def _speaker(policy: Policy | _BatchPolicy, size: int, seed: int | None) -> _Speaker:
+    if isinstance(policy, _BatchPolicy):
+        return policy.begin(size, agent_generators(seed, size))
+    return _OneByOne(policy, size)
+
+
+def _silenced(speaker: _Speaker, texts: Sequence[str]) -> np.ndarray:
+    """Return which slots said nothing since their context is full (a last, cut line still counts)."""
+    return speaker.truncated_B & np.array([text == "" for text in texts])
+
+
+def _groups(infos: Mapping[str, Any], size: int) -> np.ndarray:
+    if "group_id" not in infos:
+        return np.arange(size)
+    return np.asarray(infos["group_id"], dtype=np.int64).copy()
+
+
+def _reward_parts(infos: Mapping[str, Any], alive_B: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the components of this turn's reward, float64 (B,), NaN where a slot has none.
+
+    Vector environments hold them as a dict of arrays with `_name` masks, or as an array of dicts.
+    """
+    found = infos.get("reward_parts")
+    if found is None:
+        return {}
+    if isinstance(found, Mapping):
+        names = [name for name in found if f"_{name}" in found or not name.startswith("_")]
+        by_name = {
+            name: _masked(found[name], found.get(f"_{name}", alive_B) & alive_B) for name in names
+        }
+        return by_name
+
+    parts: dict[str, np.ndarray] = {}
+    for slot in np.flatnonzero(alive_B):
+        for name, value in (found[slot] or {}).items():
+            part_B = parts.setdefault(name, np.full(len(alive_B), np.nan))
+            part_B[slot] = np.nan if value is None else value
+    return parts
+
+
+def _masked(values: Any, mask_B: np.ndarray) -> np.ndarray:
+    part_B = np.full(len(mask_B), np.nan)
+    for slot in np.flatnonzero(mask_B):
+        part_B[slot] = np.nan if values[slot] is None else values[slot]
+    return part_B
+
+
+def _last_observation(observations: Any, infos: Mapping[str, Any], slot: int) -> Messages:
+    """Return the slot's observation of the dialogue under way, not of the next where that has begun."""
+    final = infos.get("final_obs")
+    if final is not None and final[slot] is not None:
+        return final[slot]
+    return observations[slot]
+
+
+def _reset_finished(envs: VectorEnv[Any, Any, Any], done_B: np.ndarray) -> None:
+    """Reset finished slots where Gymnasium's own vector environments would refuse to step them."""
+    plain = envs.unwrapped
+    if not isinstance(plain, SyncVectorEnv | AsyncVectorEnv) or not done_B.any():
+        return
+    if plain.autoreset_mode == AutoresetMode.DISABLED:
+        envs.reset(options={"reset_mask": done_B.copy()})
+
+
+def _boundaries(envs: VectorEnv[Any, Any, Any]) -> tuple[int, ...] | None:
+    """Return the first turn of each phase; None where the environment tells none.
+
+    A process of an AsyncVectorEnv that is asked for what it lacks dies, so those are not asked.
+    """
+    plain = envs.unwrapped
+    world: gym.Env[Any, Any] | VectorEnv[Any, Any, Any] = plain
+    if isinstance(plain, SyncVectorEnv):
+        world = plain.envs[0].unwrapped
+    found = getattr(world, "phase_boundaries", None)
+    return None if found is None else tuple(int(turn) for turn in found)
+
+
+def _stack(columns: list[np.ndarray], size: int, dtype: Any) -> np.ndarray:
+    return np.array(columns, dtype=dtype).reshape(len(columns), size).T
+
+
+def _stack_parts(parts: list[dict[str, np.ndarray]], size: int) -> dict[str, np.ndarray]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    missing = np.full(size, np.nan)
+    return {
+        name: _stack([part.get(name, missing) for part in parts], size, np.float64) for name in names
+    }

@@ -1,0 +1,54 @@
+"""Persona dialogues as Gymnasium environments.
+
+    import gymnasium as gym
+    import ppg_env                              # registers PersonaDialogue-v0
+
+    env = gym.make("PersonaDialogue-v0", domain="therapy")
+
+Needs numpy and gymnasium only.
+"""
+
+from gymnasium.envs.registration import register
+
+from .dialogue import Farewell, Messages, Persona, Transcript, Turn, Verdict
+from .domains import DOMAINS, Attribute, Domain, Phase, get_domain
+from .env import PersonaDialogueEnv
+from .judges import Judge, RuleJudge
+from .partners import Partner, ScriptedPartner
+from .personas import PersonaFileError, bundled_personas, load_personas
+from .process import ActProcess
+from .vector_env import PersonaDialogueVectorEnv
+from .wrappers import DiscreteReply
+
+__version__ = "0.1.0"
+
+register(
+    id="PersonaDialogue-v0",
+    entry_point="ppg_env.env:PersonaDialogueEnv",
+    vector_entry_point="ppg_env.vector_env:PersonaDialogueVectorEnv",
+)
+
+__all__ = [
+    "DOMAINS",
+    "ActProcess",
+    "Attribute",
+    "DiscreteReply",
+    "Domain",
+    "Farewell",
+    "Judge",
+    "Messages",
+    "Partner",
+    "Persona",
+    "PersonaDialogueEnv",
+    "PersonaDialogueVectorEnv",
+    "PersonaFileError",
+    "Phase",
+    "RuleJudge",
+    "ScriptedPartner",
+    "Transcript",
+    "Turn",
+    "Verdict",
+    "bundled_personas",
+    "get_domain",
+    "load_personas",
+]

@@ -1,0 +1,221 @@
+"""Judges score the latest turn of a transcript, many transcripts at a time.
+
+The rule judge reads acts and claims with the domain's lexicon and prices them with the domain's
+dynamics. A line it cannot tie to the persona earns nothing: it never fails open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .dialogue import Persona, Transcript, Turn, Verdict
+from .domains import Claim, Domain, Reading
+from .process import turn_value
+
+MAX_ATTRIBUTES = 3
+"""A line may speak to this many attributes; more is a list of facts, not a reply."""
+ECHO_OVERLAP = 0.7
+COPY_OVERLAP = 0.8
+_DANGLING = frozenset(
+    "a an the and or but because so of to in on at for with from by as is am are was were be been my "
+    "your his her their our its this that these those i we it's i'm very".split()
+)
+_CACHE_SIZE = 65536
+
+
+class Judge(Protocol):
+    """Scores the latest turn of each transcript."""
+
+    def __call__(self, transcripts: Sequence[Transcript]) -> list[Verdict]:
+        """Return one verdict for each transcript; every transcript has at least one turn."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """What earlier turns left behind: the dynamics' state and all own claims with their turn."""
+
+    state: Hashable
+    claims: tuple[tuple[int, Claim], ...]
+
+
+class RuleJudge:
+    """Scores by rules, the same text always the same.
+
+        reward = well_formed * [no false claim] * value(act, earlier acts)      in [0, 1]
+
+    Parts of the verdict:
+        prompt_to_line: 1 if the line's claims agree with the persona, 0 if one contradicts it, None if it
+            makes none that can be checked.
+        line_to_line: 1 if no claim conflicts with an earlier line of one's own, 0 if one does, None if
+            there is nothing to compare.
+        <domain.value_name>: what the act is worth after the earlier acts.
+        well_formed: 0 for degenerate lines (empty, repeated within the line or of an earlier line, echo of
+            the partner, persona text copied out, keyword list, unfinished sentence), else 1.
+
+    line_to_line is shown and not multiplied in by default: a conflict can reach back to any earlier
+    turn, and the worlds' dependence length would no longer be theirs. `charge_conflicts=True` adds it.
+
+    Args:
+        domain: lexicon and dynamics.
+        charge_conflicts: a line that conflicts with an earlier own line earns 0.
+    """
+
+    def __init__(self, domain: Domain, charge_conflicts: bool = False) -> None:
+        self.domain, self.charge_conflicts = domain, charge_conflicts
+        self._memories: dict[tuple[Persona, tuple[Turn, ...]], _Memory] = {}
+
+    def __call__(self, transcripts: Sequence[Transcript]) -> list[Verdict]:
+        """Return one verdict for each transcript.
+
+        Raises:
+            ValueError: for a persona without facts, which rules cannot judge.
+        """
+        return [self._judge(transcript) for transcript in transcripts]
+
+    def _judge(self, transcript: Transcript) -> Verdict:
+        persona, turn = transcript.persona, transcript.turns[-1]
+        if not persona.facts:
+            raise ValueError(
+                f"RuleJudge cannot judge persona {persona.id!r}: it has a text but no facts. Give it "
+                "facts of the domain's lexicon, or use a judge that reads free text."
+            )
+        earlier = transcript.turns[:-1]
+        memory = self._recall(persona, earlier)
+        flaw, act, claims, false = self._understand(persona, earlier, turn)
+
+        attentive = self.domain.attentive(turn.partner)
+        value = turn_value(self.domain.dynamics(persona), memory.state, act, attentive)
+        conflict = _conflict(claims, memory.claims)
+        checkable = [claim for claim in claims if claim.attribute in persona.facts]
+        parts: dict[str, float | None] = {
+            "prompt_to_line": float(not false) if checkable else None,
+            "line_to_line": float(conflict is None) if claims and earlier else None,
+            self.domain.value_name: value,
+            "well_formed": float(not flaw),
+        }
+        charged = self.charge_conflicts and conflict is not None
+        reward = 0.0 if flaw or false or charged else value
+        reason = _reason(act, flaw, false, conflict, persona, attentive)
+        return Verdict(reward, parts, reason, act, tuple(map(str, claims)))
+
+    def _understand(
+        self, persona: Persona, earlier: Sequence[Turn], turn: Turn
+    ) -> tuple[str, str, tuple[Claim, ...], tuple[Claim, ...]]:
+        """Return (flaw, act, claims, false claims); a flawed line performs no act of its own."""
+        read = self.domain.lexicon.read
+        understood = self.domain.interpret(persona, turn.partner, turn.agent)
+        reading = read(turn.agent)
+        flaw = find_flaw(turn.agent, reading, read(turn.partner), read(persona.text))
+        if not flaw and self.domain.repeats(turn.agent, [past.agent for past in earlier]):
+            flaw = "repeats an earlier line"
+        act = understood.act
+        if flaw and not understood.false_claims:
+            act = "evade"
+        return flaw, act, understood.claims, understood.false_claims
+
+    def _recall(self, persona: Persona, turns: tuple[Turn, ...]) -> _Memory:
+        """Return what `turns` left behind, from the memory of one turn less."""
+        if not turns:
+            return _Memory(self.domain.dynamics(persona).start, ())
+        key = (persona, turns)
+        memory = self._memories.get(key)
+        if memory is None:
+            before = self._recall(persona, turns[:-1])
+            _, act, claims, _ = self._understand(persona, turns[:-1], turns[-1])
+            state = self.domain.dynamics(persona).advance(before.state, act)
+            number = len(turns) - 1
+            memory = _Memory(state, before.claims + tuple((number, claim) for claim in claims))
+            if len(self._memories) >= _CACHE_SIZE:
+                self._memories.clear()
+            self._memories[key] = memory
+        return memory
+
+
+def find_flaw(line: str, reading: Reading, partner: Reading, persona: Reading) -> str:
+    """Return why a line is degenerate by itself, or "" if it is not.
+
+    Args:
+        line: the agent's line; `reading` is its reading.
+        partner: reading of the line it answers.
+        persona: reading of the persona text.
+    """
+    words, pairs = reading.words, reading.pairs
+    if not words:
+        return "holds no words"
+    if _stutters(words):
+        return "repeats itself"
+    if _unfinished(line, words):
+        return "is an unfinished sentence"
+    if len(words) >= 4 and len(pairs & partner.pairs) >= ECHO_OVERLAP * len(pairs):
+        return "echoes the partner"
+    if len(words) >= 8 and len(pairs & persona.pairs) >= COPY_OVERLAP * len(pairs):
+        return "copies out the persona"
+    if len({claim.attribute for claim in reading.claims}) > MAX_ATTRIBUTES:
+        return "lists facts"
+    if reading.mentions >= 3 and 2 * reading.mentions > len(words):
+        return "lists keywords"
+    return ""
+
+
+def _stutters(words: tuple[str, ...]) -> bool:
+    """Return whether words follow each other again at once ("these days these days")."""
+    if len(set(words)) >= len(words) - 1:
+        return False
+    for size in (2, 3, 4):
+        for i in range(len(words) - 2 * size + 1):
+            if words[i : i + size] == words[i + size : i + 2 * size]:
+                return True
+    if any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)):
+        return True
+    return len(words) >= 8 and 2 * len(set(words)) < len(words)
+
+
+def _unfinished(line: str, words: tuple[str, ...]) -> bool:
+    """Return whether a line breaks off: ends in a letter, digit or comma, or in a dangling word."""
+    last = line.rstrip()[-1]
+    if last in ".!?…":
+        return False
+    if words[-1] in _DANGLING:
+        return True
+    return len(words) > 3 and (last.isalnum() or last in ",;:-–—(")
+
+
+def _conflict(
+    claims: Sequence[Claim], past: Sequence[tuple[int, Claim]]
+) -> tuple[int, Claim] | None:
+    """Return the first earlier (turn, claim) that one of `claims` cannot be true together with."""
+    for claim in claims:
+        for turn, other in past:
+            if claim.attribute != other.attribute:
+                continue
+            same = claim.value == other.value
+            if claim.positive and other.positive:
+                clash = not same
+            else:
+                clash = same and claim.positive != other.positive
+            if clash:
+                return turn, other
+    return None
+
+
+def _reason(
+    act: str,
+    flaw: str,
+    false: Sequence[Claim],
+    conflict: tuple[int, Claim] | None,
+    persona: Persona,
+    attentive: bool,
+) -> str:
+    if flaw:
+        reason = f"degenerate: the line {flaw}"
+    elif false:
+        truth = persona.facts[false[0].attribute]
+        reason = f"contradicts the persona: says {false[0]}, true is {truth}"
+    else:
+        reason = f"in character: {act}" if act != "evade" else "answers nothing that can be checked"
+    if conflict is not None:
+        reason += f"; conflicts with turn {conflict[0]} ({conflict[1]})"
+    return reason if attentive else reason + "; the partner was distracted"

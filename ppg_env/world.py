@@ -1,0 +1,238 @@
+"""The dialogue engine that both environments share: begin dialogues, advance them, many at a time.
+
+One step of a batch is one judge call and one partner call. A dialogue carries its own random generator,
+made from its own seed, so it depends on that seed and on what the agent says, never on its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .dialogue import Farewell, Message, Messages, Persona, Transcript, Turn, Verdict
+from .dialogue import turns_from_messages
+from .domains import Domain, get_domain
+from .judges import Judge, RuleJudge
+from .partners import Partner, ScriptedPartner
+from .personas import find_persona, resolve_personas
+from .spaces import DialogueMessages, Utterance
+
+
+class Dialogue:
+    """One running dialogue: its transcript so far, its generator, whether it is over."""
+
+    __slots__ = ("over", "rng", "seed", "transcript")
+
+    def __init__(
+        self, transcript: Transcript, rng: np.random.Generator, seed: int, over: bool = False
+    ) -> None:
+        self.transcript, self.rng, self.seed, self.over = transcript, rng, seed, over
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A dialogue frozen in time; picklable. `World.thaw` makes it run on, any number of times."""
+
+    transcript: Transcript
+    rng_state: Mapping[str, Any]
+    seed: int
+    over: bool
+
+
+class World:
+    """A domain with its personas, partner and judge.
+
+    Args:
+        domain: a name or a Domain.
+        personas: None (bundled training split), a split name, "all", a JSONL path, or Persona objects.
+        partner: "scripted" or a Partner.
+        judge: "rules" or a Judge.
+        max_turns: agent turns after which a dialogue ends.
+        noise: how often the scripted partner is distracted, a probability.
+        max_utterance_length: characters an agent's line may have.
+        unscorable_reward: reward of a turn that the judge cannot score; NaN leaves it to the learner.
+    """
+
+    def __init__(
+        self,
+        domain: str | Domain = "chatting",
+        personas: str | Path | Sequence[Persona] | None = None,
+        partner: str | Partner = "scripted",
+        judge: str | Judge = "rules",
+        max_turns: int = 8,
+        noise: float = 0.1,
+        max_utterance_length: int = 2000,
+        unscorable_reward: float = float("nan"),
+    ) -> None:
+        if not isinstance(max_turns, (int, np.integer)) or max_turns < 1:
+            raise ValueError(f"max_turns is a whole number of at least 1, got {max_turns!r}.")
+        if not np.isnan(unscorable_reward) and not 0.0 <= unscorable_reward <= 1.0:
+            raise ValueError(f"unscorable_reward is NaN or in [0, 1], got {unscorable_reward}.")
+        self.domain = get_domain(domain)
+        self.personas = resolve_personas(personas, self.domain)
+        self.partner = self._partner(partner, noise)
+        self.judge = self._judge(judge)
+        self.max_turns = int(max_turns)
+        self.unscorable_reward = float(unscorable_reward)
+        self.action_space = Utterance(max_utterance_length)
+        self.observation_space = DialogueMessages(max_messages=2 + 2 * self.max_turns)
+        self.phase_boundaries = self.domain.phase_boundaries(self.max_turns)
+        self._phases = [self.domain.phase_of(t, self.max_turns) for t in range(self.max_turns)]
+
+    def _partner(self, partner: str | Partner, noise: float) -> Partner:
+        if partner == "scripted":
+            return ScriptedPartner(self.domain, noise)
+        if callable(partner):
+            return partner
+        raise ValueError(f"partner is 'scripted' or a callable, got {partner!r}.")
+
+    def _judge(self, judge: str | Judge) -> Judge:
+        if judge == "rules":
+            return RuleJudge(self.domain)
+        if callable(judge):
+            return judge
+        raise ValueError(f"judge is 'rules' or a callable, got {judge!r}.")
+
+    def begin(
+        self,
+        seeds: Sequence[int],
+        personas: Sequence[str | Persona | None] | None = None,
+        histories: Sequence[Sequence[Message] | None] | None = None,
+    ) -> list[Dialogue]:
+        """Return new dialogues that wait for the agent's reply, one per seed.
+
+        Args:
+            seeds: one whole number a dialogue; persona, opening and partner all follow from it.
+            personas: persona or its id per dialogue; None draws one from the world's personas.
+            histories: chat messages to continue per dialogue; None lets the partner open.
+        """
+        personas = personas or [None] * len(seeds)
+        histories = histories or [None] * len(seeds)
+        dialogues = [
+            self._prepare(seed, persona, history)
+            for seed, persona, history in zip(seeds, personas, histories, strict=True)
+        ]
+        self._partner_speaks([d for d in dialogues if d.transcript.pending is None])
+        return dialogues
+
+    def _prepare(
+        self, seed: int, chosen: str | Persona | None, history: Sequence[Message] | None
+    ) -> Dialogue:
+        rng = np.random.default_rng(seed)
+        drawn = self.personas[int(rng.random() * len(self.personas))]
+        persona = drawn if chosen is None else find_persona(chosen, self.personas)
+        turns: tuple[Turn, ...] = ()
+        pending = None
+        if history is not None:
+            turns, pending = turns_from_messages(history)
+            if len(turns) >= self.max_turns:
+                raise ValueError(
+                    f"history already has {len(turns)} agent turns, the dialogue ends at max_turns="
+                    f"{self.max_turns}; shorten it or make the environment with a larger max_turns."
+                )
+        system = self.domain.system_prompt(persona)
+        return Dialogue(Transcript(persona, system, turns, pending, self.max_turns), rng, seed)
+
+    def advance(self, dialogues: Sequence[Dialogue], utterances: Sequence[str]) -> list[Verdict]:
+        """Let the agent speak, the judge score and the partner answer; return the verdicts.
+
+        Dialogues are changed in place; `over` is True where the episode has terminated.
+
+        Raises:
+            ValueError: for an utterance outside the action space; no dialogue has changed then.
+        """
+        for utterance in utterances:
+            problem = self.action_space.problem(utterance)
+            if problem is not None:
+                raise ValueError(f"Invalid action: {problem}.")
+        replied = [
+            dialogue.transcript.reply(utterance)
+            for dialogue, utterance in zip(dialogues, utterances, strict=True)
+        ]
+        verdicts = self.judge(replied)
+        waiting = []
+        for dialogue, transcript in zip(dialogues, replied, strict=True):
+            dialogue.transcript = transcript
+            dialogue.over = len(transcript.turns) >= self.max_turns
+            if not dialogue.over:
+                waiting.append(dialogue)
+        self._partner_speaks(waiting)
+        return verdicts
+
+    def _partner_speaks(self, dialogues: Sequence[Dialogue]) -> None:
+        if not dialogues:
+            return
+        lines = self.partner([d.transcript for d in dialogues], [d.rng for d in dialogues])
+        for dialogue, line in zip(dialogues, lines, strict=True):
+            dialogue.transcript = dialogue.transcript.with_partner_line(line)
+            dialogue.over = isinstance(line, Farewell)
+
+    def reward(self, verdict: Verdict) -> float:
+        """Return the verdict's reward; an unscorable turn has the world's unscorable_reward."""
+        return self.unscorable_reward if verdict.reward is None else verdict.reward
+
+    def observe(self, dialogue: Dialogue) -> Messages:
+        """Return the dialogue as the agent sees it."""
+        return dialogue.transcript.messages()
+
+    def start_info(self, dialogue: Dialogue) -> dict[str, Any]:
+        """Return `info` of a reset."""
+        turn = len(dialogue.transcript.turns)
+        return {
+            "persona": dialogue.transcript.persona.id,
+            "group_id": dialogue.seed,
+            "turn": turn,
+            "phase": self._phases[turn],
+        }
+
+    def step_info(self, dialogue: Dialogue, verdict: Verdict) -> dict[str, Any]:
+        """Return `info` of a step; its phase is that of the turn just spoken."""
+        turn = len(dialogue.transcript.turns)
+        return {
+            "persona": dialogue.transcript.persona.id,
+            "group_id": dialogue.seed,
+            "turn": turn,
+            "phase": self._phases[turn - 1],
+            "act": verdict.act,
+            "claims": verdict.claims,
+            "reason": verdict.reason,
+            "unscorable": verdict.reward is None,
+            "reward_parts": dict(verdict.parts),
+        }
+
+    def phase_index(self, turn: int) -> int:
+        """Return the index of the phase that agent turn `turn` belongs to."""
+        return self._phases[turn]
+
+    def freeze(self, dialogue: Dialogue) -> Snapshot:
+        """Return the dialogue's state, independent of what happens to it later."""
+        state = dialogue.rng.bit_generator.state
+        return Snapshot(dialogue.transcript, state, dialogue.seed, dialogue.over)
+
+    def thaw(self, snapshot: Snapshot) -> Dialogue:
+        """Return a dialogue that goes on where the snapshot was taken."""
+        rng = np.random.default_rng(0)
+        rng.bit_generator.state = snapshot.rng_state
+        return Dialogue(snapshot.transcript, rng, snapshot.seed, snapshot.over)
+
+
+def draw_dialogue_seed(np_random: np.random.Generator) -> int:
+    """Return the seed of the next dialogue from an environment's generator."""
+    return int(np_random.integers(2**62))
+
+
+def check_options(options: dict[str, Any] | None, known: Sequence[str]) -> dict[str, Any]:
+    """Return the reset options as a dict.
+
+    Raises:
+        ValueError: names an option that does not exist.
+    """
+    options = dict(options or {})
+    for name in options:
+        if name not in known:
+            raise ValueError(f"Unknown reset option {name!r}; there are {', '.join(known)}.")
+    return options
