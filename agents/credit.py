@@ -420,7 +420,8 @@ def leave_one_out(
     groups at t. With nobody else alive in the whole batch its advantage is 0, not its raw return.
     Turns not alive have advantage 0.
 
-    Bias (checked by enumeration in tests/test_gradient_exactness.py). Group members are independent given what they share (persona, opening, partner seed), so the baseline, the
+    Bias (checked by enumeration in tests/test_gradient_exactness.py). Group members are
+    independent given what they share (persona, opening, partner seed), so the baseline, the
     choice of fallback, and who is alive among the others all depend on other episodes only.
     Whether b itself is alive at t is settled before a_t is spoken. Hence, while anyone else is
     alive at t, the baseline leaves the mean alone, EARLY ENDS INCLUDED. It is not the mean over

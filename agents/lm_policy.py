@@ -126,7 +126,11 @@ class _ChatFormat:
             answer = f"And the dog, number {turn}?"
             chat += [_say("assistant", reply), _say("user", answer)]
             longer = self.render(chat)
-            if longer != rendered + reply + self._tail_text(answer):
+            end = reply + self._tail_text(answer)
+            if not (longer.startswith(rendered) and longer[len(rendered) :].endswith(end)):
+                return False
+            # Some templates set a blank before a line; the model says that blank itself.
+            if longer[len(rendered) : len(longer) - len(end)].strip():
                 return False
             rendered = longer
         return True

@@ -171,7 +171,7 @@ def collect_rollouts(
 
         rewards.append(np.where(alive_B, reward_B, 0.0))
         alives.append(alive_B.copy())
-        parts.append(_reward_parts(infos, alive_B))
+        parts.append(_turn_parts(infos, alive_B))
         for slot in np.flatnonzero(alive_B):
             transcripts[slot] = _last_observation(observations, infos, int(slot))
         truncated_B |= alive_B & cut_off_B
@@ -223,6 +223,18 @@ def _groups(infos: Mapping[str, Any], size: int) -> np.ndarray:
     return np.asarray(infos["group_id"], dtype=np.int64).copy()
 
 
+def _turn_parts(infos: Mapping[str, Any], alive_B: np.ndarray) -> dict[str, np.ndarray]:
+    """Return this turn's reward components; a slot that was reset at once has them in `final_info`."""
+    parts = _reward_parts(infos, alive_B)
+    final = infos.get("final_info")
+    if final is None:
+        return parts
+    over_B = alive_B & np.asarray(infos["_final_info"], dtype=bool)
+    for name, last_B in _reward_parts(final, over_B).items():
+        parts[name] = np.where(over_B, last_B, parts.get(name, np.nan))
+    return parts
+
+
 def _reward_parts(infos: Mapping[str, Any], alive_B: np.ndarray) -> dict[str, np.ndarray]:
     """Return the components of this turn's reward, float64 (B,), NaN where a slot has none.
 
@@ -233,10 +245,8 @@ def _reward_parts(infos: Mapping[str, Any], alive_B: np.ndarray) -> dict[str, np
         return {}
     if isinstance(found, Mapping):
         names = [name for name in found if f"_{name}" in found or not name.startswith("_")]
-        by_name = {
-            name: _masked(found[name], found.get(f"_{name}", alive_B) & alive_B) for name in names
-        }
-        return by_name
+        masks = {name: found.get(f"_{name}", alive_B) & alive_B for name in names}
+        return {name: _masked(found[name], masks[name]) for name in names}
 
     parts: dict[str, np.ndarray] = {}
     for slot in np.flatnonzero(alive_B):

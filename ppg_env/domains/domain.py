@@ -160,6 +160,11 @@ class Domain:
     def _interpretations(self) -> dict[tuple[Persona, str, str], Interpretation]:
         return {}
 
+    def forget(self) -> None:
+        """Drop all remembered readings and interpretations; they only save time."""
+        self.lexicon.forget()
+        self._interpretations.clear()
+
     # ---- persona -> process ----------------------------------------------------------------------
 
     def dynamics(self, persona: Persona | None = None) -> Dynamics:

@@ -161,6 +161,10 @@ class Lexicon:
         """Return what `line` says. Pure, and remembered per line."""
         raise AssertionError("replaced in __post_init__")  # pragma: no cover
 
+    def forget(self) -> None:
+        """Drop the remembered readings."""
+        self.read.cache_clear()  # type: ignore[attr-defined]
+
     def __reduce__(self) -> tuple[object, ...]:
         return Lexicon, (self.forms, self.cues, self.marks)
 

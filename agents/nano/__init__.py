@@ -1,0 +1,1 @@
+"""The bundled tiny language model and the script that makes it (see MODEL_CARD.md)."""
