@@ -1,1 +1,81 @@
-"""THE LEARNERS: reach any environment through reset/step."""
+"""THE LEARNERS: agents that reach any dialogue environment through reset/step.
+
+    from agents import KStepAgent
+    agent = KStepAgent("nano", envs, k=3).learn(10_000)
+
+Names that need torch are imported when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .credit import (
+    Credit,
+    Discounted,
+    FullPlanning,
+    Greedy,
+    KStep,
+    Segment,
+    Subset,
+    Trajectory,
+    advantages,
+    credit_weights,
+    leave_one_out,
+    parse_credit,
+    partial_returns,
+)
+from .policy import Policy, RandomPolicy, ScriptedPolicy
+
+if TYPE_CHECKING:
+    from .evaluate import Evaluation, evaluate_policy
+    from .lm_policy import LMPolicy
+    from .ppg import FullPlanningAgent, GreedyAgent, KStepAgent, PPGAgent, SegmentAgent
+    from .rollout import RolloutBatch, collect_rollouts
+
+_LATE = {
+    "Evaluation": "evaluate",
+    "FullPlanningAgent": "ppg",
+    "GreedyAgent": "ppg",
+    "KStepAgent": "ppg",
+    "LMPolicy": "lm_policy",
+    "PPGAgent": "ppg",
+    "RolloutBatch": "rollout",
+    "SegmentAgent": "ppg",
+    "collect_rollouts": "rollout",
+    "evaluate_policy": "evaluate",
+}
+
+__all__ = [
+    "Credit",
+    "Discounted",
+    "Evaluation",
+    "FullPlanning",
+    "FullPlanningAgent",
+    "Greedy",
+    "GreedyAgent",
+    "KStep",
+    "KStepAgent",
+    "LMPolicy",
+    "PPGAgent",
+    "Policy",
+    "RandomPolicy",
+    "RolloutBatch",
+    "ScriptedPolicy",
+    "Segment",
+    "SegmentAgent",
+    "Subset",
+    "Trajectory",
+    "advantages",
+    "collect_rollouts",
+    "credit_weights",
+    "evaluate_policy",
+    "leave_one_out",
+    "parse_credit",
+    "partial_returns",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(import_module(f".{_LATE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,8 @@
 """A Hugging Face causal language model that speaks in dialogues and scores its own tokens again.
 
-Acting keeps the key-value cache from turn to turn, so that a turn costs only its new tokens. Training reads
-each dialogue as the one token sequence that was sampled: ids are kept, text is never tokenised again.
+Acting keeps the key-value cache from turn to turn, so that a turn costs only its new tokens.
+Training reads each dialogue as the one token sequence that was sampled: ids are kept, text is never
+tokenised again.
 
     policy = LMPolicy.from_pretrained("path/to/model")
     text, _ = policy.predict(observation)                    # stateless
@@ -11,8 +12,8 @@ each dialogue as the one token sequence that was sampled: ids are kept, text is 
     tape = conversation.tape()
     logprob_BL = policy.logprobs(tape.token_BL, tape.turn_BL)
 
-Dimension letters: B dialogues, T turns, L tokens of the longest dialogue, V vocabulary, n rows of one forward
-pass, q new tokens per row, k keys that a query may look at.
+Dimension letters: B dialogues, T turns, L tokens of the longest dialogue, V vocabulary, n rows of
+one forward pass, q new tokens per row, k keys that a query may look at.
 """
 
 from __future__ import annotations
@@ -38,22 +39,23 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .policy import Message, Messages
 
-# Log-probabilities are formed for so many (token, vocabulary entry) pairs at a time: 64 MiB in float32.
+# Log-probabilities are formed for so many (token, vocabulary entry) pairs at a time: 64 MiB in
+# float32.
 _LOGITS_PER_CHUNK = 2**24
 
 _SERVABLE_ATTENTION = ("sdpa", "eager")
 _SERVABLE_LAYERS = ("full_attention", "sliding_attention")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The chat template as token ids
 
 
 class _ChatFormat:
-    """A tokenizer's chat template: the ids of a whole prompt, and of the tail that a later turn appends.
+    """A chat template in ids: the whole prompt, and the tail that a later turn appends.
 
-    The tail is everything between the agent's own line and its next one: the rest of the template after the
-    own line, the partner's message and the generation prompt.
+    The tail is everything between the agent's own line and its next one: the rest of the template
+    after the own line, the partner's message and the generation prompt.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -78,7 +80,7 @@ class _ChatFormat:
         )
 
     def prompt_ids(self, messages: Messages) -> tuple[int, ...]:
-        """Return the ids of the prompt for the agent's next line (remembered: groups share a prompt)."""
+        """Return the ids of the prompt for the next line; remembered, since groups share it."""
         return self.prompt(tuple((message["role"], message["content"]) for message in messages))
 
     def _prompt(self, messages: tuple[tuple[str, str], ...]) -> tuple[int, ...]:
@@ -90,7 +92,8 @@ class _ChatFormat:
         """Return the tail's ids; they begin with the template's own end token where it has one."""
         text = self._tail_text(partner_text)
 
-        # Some tokenizers put a blank before the first word of a text: an end token in front takes its place.
+        # Some tokenizers put a blank before the first word of a text: an end token in front takes
+        # its place.
         anchor = self.tokenizer.eos_token_id
         ids = self.encode(self.tokenizer.eos_token + text)
         return tuple(ids[1:] if ids[:1] == [anchor] else self.encode(text))
@@ -100,17 +103,18 @@ class _ChatFormat:
         rendered = self.render(
             [*_chat("Be kind.", "Hello."), _say("assistant", mark), _say("user", partner_text)]
         )
-        before, found, tail = rendered.partition(mark)
+        _, found, tail = rendered.partition(mark)
         if not found:
             raise ValueError(
-                f"The chat template of {self.name} leaves out the agent's own earlier lines, so no dialogue of "
-                "several turns can be written with it; use a model with another chat template."
+                f"The chat template of {self.name} leaves out the agent's own earlier lines, so "
+                "no dialogue of several turns can be written with it; use a model with another "
+                "chat template."
             )
         return tail
 
     @cached_property
     def append_only(self) -> bool:
-        """Whether a later turn's prompt is the earlier prompt, the own line and the tail, and nothing else."""
+        """Whether a later prompt is the earlier one, the own line and the tail, no more."""
         replies = ("Fine, thanks.", "It sleeps.", "No.")
         return self._appends(replies)
 
@@ -137,7 +141,7 @@ class _ChatFormat:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The tokens that end a line: the tokenizer's end token, and the one the template puts after a line."""
+        """The tokenizer's end token, and the one that the template puts after a line."""
         ids = {int(self.tokenizer.eos_token_id)}
         first = self.tail("Hello.")[:1]
         ids.update(set(first) & set(self.tokenizer.all_special_ids))
@@ -169,8 +173,9 @@ def _fold_system(chat: list[dict[str, str]]) -> list[dict[str, str]]:
 def _require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
-            f"The tokenizer in {name} has no chat template, so dialogues cannot be written as tokens. Use an "
-            "instruction-tuned model, or set tokenizer.chat_template and save the tokenizer again."
+            f"The tokenizer in {name} has no chat template, so dialogues cannot be written as "
+            "tokens. Use an instruction-tuned model, or set tokenizer.chat_template and save the "
+            "tokenizer again."
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -179,7 +184,7 @@ def _require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> Non
         )
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The key-value cache: one row per dialogue, each with its own length, no holes
 
 
@@ -194,7 +199,7 @@ class _WriteHead:
 
 
 class _RaggedLayer(CacheLayerMixin):
-    """One layer's keys and values (rows, heads, capacity, width): key j of a row sits at position j."""
+    """One layer's buffer (rows, heads, capacity, width): key j of a row sits at position j."""
 
     is_croppable = False
 
@@ -211,7 +216,7 @@ class _RaggedLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new keys and values (n, heads, q, width), return those of the n rows up to the longest."""
+        """Write new states (n, heads, q, width), return all of these rows up to the longest."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
@@ -225,11 +230,19 @@ class _RaggedLayer(CacheLayerMixin):
         rows, keys = slice(head.num_rows), slice(head.num_keys)
         return self.keys[rows, :, keys], self.values[rows, :, keys]
 
-    def move_rows(self, to_rows: torch.Tensor, from_rows: torch.Tensor, num_keys: int) -> None:
-        """Copy the first `num_keys` keys and values of some rows over other rows, all at once."""
+    def swap_rows(self, row: int, other: int, num_keys: int) -> None:
+        """Exchange the first `num_keys` keys and values of two rows."""
         for buffer in (self.keys, self.values):
             assert buffer is not None
-            buffer[to_rows, :, :num_keys] = buffer[from_rows, :, :num_keys]
+            kept = buffer[row, :, :num_keys].clone()
+            buffer[row, :, :num_keys] = buffer[other, :, :num_keys]
+            buffer[other, :, :num_keys] = kept
+
+    def spread_rows(self, source_n: torch.Tensor, num_keys: int) -> None:
+        """Let the first n rows hold what the rows `source_n` held."""
+        for buffer in (self.keys, self.values):
+            assert buffer is not None
+            buffer[: len(source_n), :, :num_keys] = buffer[source_n, :, :num_keys]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the keys' length and offset; masks are handed in ready-made."""
@@ -260,7 +273,8 @@ class _RaggedCache(Cache):
         self.num_rows = num_rows
         self.capacity = 0
         self.head = _WriteHead(torch.empty(0), torch.empty(0, 0), 0, 0)
-        super().__init__(layers=[_RaggedLayer(self) for _ in range(num_layers)])
+        self.ragged_layers = [_RaggedLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self.ragged_layers))
 
     def reserve(self, num_keys: int) -> None:
         """Make room for `num_keys` keys per row."""
@@ -279,7 +293,7 @@ class _Decoder(Protocol):
 
 
 class _CachedDecoder:
-    """Reads only new tokens. Rows that speak are kept in front, so that a pass works on a view of the buffer."""
+    """Reads only new tokens. Speaking rows are kept in front: a pass sees a view of the buffer."""
 
     def __init__(self, network: _Network, num_rows: int) -> None:
         self._network = network
@@ -290,7 +304,7 @@ class _CachedDecoder:
     def feed(
         self, rows: np.ndarray, ids: Sequence[Sequence[int]] | np.ndarray
     ) -> tuple[np.ndarray, torch.Tensor]:
-        """Append each dialogue's new ids (one each if `ids` is an array) and return the next logits."""
+        """Append each dialogue's new ids (one each if an array), return the next logits."""
         by_row = dict(zip(rows.tolist(), ids, strict=True))
         self._bring_to_front(rows)
         order = self._row_at[: len(rows)].copy()
@@ -306,22 +320,17 @@ class _CachedDecoder:
         if len(in_the_way) == 0:
             return
         behind = len(rows) + np.flatnonzero(wanted[len(rows) :])
-        to_rows = np.concatenate([in_the_way, behind])
-        from_rows = np.concatenate([behind, in_the_way])
+        for row, other in zip(in_the_way.tolist(), behind.tolist(), strict=True):
+            self._swap(row, other)
 
-        longest = int(self._length[to_rows].max())
+    def _swap(self, row: int, other: int) -> None:
+        pair, exchanged = [row, other], [other, row]
+        longest = int(self._length[pair].max())
         if longest > 0:
-            self._move(to_rows, from_rows, longest)
-        self._row_at[to_rows] = self._row_at[from_rows]
-        self._length[to_rows] = self._length[from_rows]
-
-    def _move(self, to_rows: np.ndarray, from_rows: np.ndarray, num_keys: int) -> None:
-        device = self._network.device
-        to_rows_t = torch.as_tensor(to_rows, device=device)
-        from_rows_t = torch.as_tensor(from_rows, device=device)
-        for layer in self._cache.layers:
-            assert isinstance(layer, _RaggedLayer)
-            layer.move_rows(to_rows_t, from_rows_t, num_keys)
+            for layer in self._cache.ragged_layers:
+                layer.swap_rows(row, other, longest)
+        self._row_at[pair] = self._row_at[exchanged]
+        self._length[pair] = self._length[exchanged]
 
     def _read_prompts(self, ids: list[tuple[int, ...]]) -> torch.Tensor:
         """Read first prompts, each different one once: the members of a group begin alike."""
@@ -332,13 +341,15 @@ class _CachedDecoder:
             return self._read(ids)
 
         logit_uV = self._read(list(place))
-        source = np.array([place[prompt] for prompt in ids])
-        self._move(np.arange(len(ids)), source, int(self._length.max()))
-        self._length[: len(ids)] = self._length[source]
-        return logit_uV[torch.as_tensor(source, device=logit_uV.device)]
+        source_n = np.array([place[prompt] for prompt in ids])
+        source_n_t = torch.as_tensor(source_n, device=logit_uV.device)
+        self._length[: len(ids)] = self._length[source_n]
+        for layer in self._cache.ragged_layers:
+            layer.spread_rows(source_n_t, int(self._length.max()))
+        return logit_uV[source_n_t]
 
     def _read(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Run the model over the new tokens of the rows in front; return the logits (n, V) after the last."""
+        """Read the new tokens of the rows in front; return the logits (n, V) after the last."""
         n = len(ids)
         count_n = np.array([len(row) for row in ids])
         start_n = self._length[:n]
@@ -348,7 +359,8 @@ class _CachedDecoder:
         for row, tokens in enumerate(ids):
             token_nq[row, : len(tokens)] = tokens
 
-        # Padded tokens write behind their row's end, where nobody looks and the next token will overwrite.
+        # Padded tokens write behind their row's end, where nobody looks and the next token will
+        # overwrite.
         slot_nq = start_n[:, None] + np.arange(q)
         num_keys = int(slot_nq.max()) + 1
         position_nq = np.minimum(slot_nq, end_n[:, None] - 1)
@@ -380,7 +392,7 @@ class _ReencodingDecoder:
     def feed(
         self, rows: np.ndarray, ids: Sequence[Sequence[int]] | np.ndarray
     ) -> tuple[np.ndarray, torch.Tensor]:
-        """Append each dialogue's new ids (one each if `ids` is an array) and return the next logits."""
+        """Append each dialogue's new ids (one each if an array), return the next logits."""
         for row, new in zip(rows.tolist(), ids, strict=True):
             self._ids[row].extend([int(new)] if isinstance(ids, np.ndarray) else new)
         token_nL = _pad([self._ids[row] for row in rows], 0, np.int64)
@@ -390,7 +402,7 @@ class _ReencodingDecoder:
         return rows, self._network.logits_at(torch.as_tensor(token_nL, device=device), at)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network: logits at chosen positions only, and what it takes to give it our cache
 
 
@@ -412,7 +424,7 @@ class _Network:
         return self.model.dtype
 
     def decoder(self, num_rows: int) -> _Decoder:
-        """Return a decoder for `num_rows` dialogues: with our cache where it is exact, else re-encoding."""
+        """Return a decoder with our cache where that is exact, else one that re-encodes."""
         kind = _CachedDecoder if self.serves_cache else _ReencodingDecoder
         return kind(self, num_rows)
 
@@ -434,8 +446,8 @@ class _Network:
 
     @staticmethod
     def _run(module: torch.nn.Module, token_nq: torch.Tensor, inputs: dict[str, Any]) -> Any:
-        # Without a cache all tokens are marked real: right padding cannot reach back in a causal model, and
-        # a mask without zeros lets the fast causal kernel run.
+        # Without a cache all tokens are marked real: right padding cannot reach back in a causal
+        # model, and a mask without zeros lets the fast causal kernel run.
         if not inputs:
             inputs = {"attention_mask": torch.ones_like(token_nq), "use_cache": False}
         return module(input_ids=token_nq, **inputs)
@@ -443,18 +455,17 @@ class _Network:
     @cached_property
     @torch.inference_mode()
     def split(self) -> tuple[torch.nn.Module, torch.nn.Module] | None:
-        """(body, output head) if head(body(tokens)) equals the model's own logits on a probe, else None.
+        """(body, output head) if head(body(tokens)) equals the model's logits on a probe, or None.
 
-        Models that scale or cap their logits after the head fail the probe and keep their full forward pass.
+        Models that scale or cap their logits after the head fail the probe and keep their full
+        forward pass.
         """
         body = getattr(self.model, self.model.base_model_prefix, None)
         head = self.model.get_output_embeddings()
         if body is None or body is self.model or head is None:
             return None
         token_1q = self._probe_ids(7)[None]
-        hidden = getattr(
-            body(input_ids=token_1q, use_cache=False), "last_hidden_state", None
-        )
+        hidden = getattr(body(input_ids=token_1q, use_cache=False), "last_hidden_state", None)
         if hidden is None:
             return None
         expected = self.model(input_ids=token_1q, use_cache=False).logits
@@ -464,17 +475,12 @@ class _Network:
     @cached_property
     @torch.inference_mode()
     def serves_cache(self) -> bool:
-        """Whether the cache with ragged rows gives the model's own logits, by its configuration and on a probe."""
-        reason = self._unservable()
-        if reason is None:
-            try:
-                reason = None if self._probe_cache() else "its logits with it differ from those without"
-            except Exception as error:  # a model that does not know our cache may fail in any way
-                reason = f"it fails with it ({type(error).__name__}: {error})"
+        """Whether the ragged cache gives the model's own logits (configuration and probe)."""
+        reason = self._unservable() or self._misserved()
         if reason is not None:
             warnings.warn(
-                f"{type(self.model).__name__} cannot use the key-value cache kept across turns, since {reason}; "
-                "every token will read the whole dialogue again, which is slow.",
+                f"{type(self.model).__name__} cannot use the key-value cache kept across turns, "
+                f"since {reason}; every token will read the whole dialogue again, which is slow.",
                 stacklevel=2,
             )
         return reason is None
@@ -487,6 +493,13 @@ class _Network:
         if attention not in _SERVABLE_ATTENTION:
             return f"its attention is {attention!r} (use attn_implementation='sdpa')"
         return None
+
+    def _misserved(self) -> str | None:
+        try:
+            exact = self._probe_cache()
+        except Exception as error:  # a model that does not know our cache may fail in any way
+            return f"it fails with it ({type(error).__name__}: {error})"
+        return None if exact else "its logits with it differ from those without"
 
     def _probe_cache(self) -> bool:
         ids = [self._probe_ids(5).tolist(), self._probe_ids(9)[1:].tolist()]
@@ -517,12 +530,11 @@ class _Network:
             return None
         return getattr(self.config, "sliding_window", None)
 
-    def masks(
-        self, slot_nq: torch.Tensor, num_keys: int
-    ) -> torch.Tensor | dict[str, torch.Tensor]:
+    def masks(self, slot_nq: torch.Tensor, num_keys: int) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the additive mask (n, 1, q, k), or one per kind of layer where a model mixes them.
 
-        Key j is open to the query at position p iff j <= p, in sliding layers iff p - window < j <= p.
+        Key j is open to the query at position p iff j <= p, in sliding layers iff p - window < j <=
+        p.
         """
         kinds = dict.fromkeys(self.layer_types)
         masks = {kind: self._mask(kind, slot_nq, num_keys) for kind in kinds}
@@ -544,7 +556,7 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(difference <= tolerance * expected.float().norm())
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sampling
 
 
@@ -558,8 +570,8 @@ def sample_tokens(
 
     Args:
         logit_nV: logits, any float dtype.
-        rngs: n generators; each gives one uniform u in [0, 1) (none if deterministic), so that a row's draws
-            do not depend on the other rows.
+        rngs: n generators; each gives one uniform u in [0, 1) (none if deterministic), so that a
+            row's draws do not depend on the other rows.
         temperature: divides the logits.
         deterministic: take the most likely token instead.
 
@@ -584,7 +596,7 @@ def sample_tokens(
 
 @dataclass(frozen=True)
 class _Line:
-    """One sampled line: its ids (end token included if it was sampled) and their log-probabilities."""
+    """One sampled line: ids (with the end token if it was sampled), their log-probabilities."""
 
     ids: list[int]
     logprobs: list[float]
@@ -600,7 +612,7 @@ def _sample_lines(
     temperature: float,
     deterministic: bool,
 ) -> dict[int, _Line]:
-    """Read each dialogue's pending ids and sample its line, at most `rooms[row]` (>= 1) tokens long."""
+    """Read each dialogue's pending ids, sample its line of at most `rooms[row]` (>= 1) tokens."""
     ids: dict[int, list[int]] = {row: [] for row in pending}
     logprobs: dict[int, list[float]] = {row: [] for row in pending}
     ended = dict.fromkeys(pending, False)
@@ -620,20 +632,20 @@ def _sample_lines(
         order, logit_nV = decoder.feed(order[speaks_n], token_n[speaks_n])
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A batch of dialogues
 
 
 @dataclass(frozen=True)
 class Tape:
-    """What B dialogues sounded like in tokens, right-padded to the longest (L) and to the last turn (T)."""
+    """B dialogues in tokens, right-padded to the longest (L) and to the last turn (T)."""
 
     token_BL: np.ndarray
     """Token ids, int64: prompt, own lines and the partner's, as the model read and sampled them."""
     turn_BL: np.ndarray
-    """The turn that spoke the token, int64; -1 for tokens that the agent did not choose, and for padding."""
+    """The turn that spoke the token, int64; -1 for tokens that are not the agent's."""
     old_logprob_BL: np.ndarray
-    """Log-probability of each sampled token when it was sampled, float32; 0 where `turn_BL` is -1."""
+    """Log-probability of each token when it was sampled, float32; 0 where `turn_BL` is -1."""
     length_B: np.ndarray
     """Number of tokens of each dialogue, int64."""
     cut_BT: np.ndarray
@@ -645,7 +657,8 @@ class Tape:
 class Conversation:
     """B dialogues that a policy holds side by side; made by `LMPolicy.begin`, one `reply` per turn.
 
-    The policy's weights must not change while a conversation is under way: the cache would be stale.
+    The policy's weights must not change while a conversation is under way: the cache would be
+    stale.
     """
 
     def __init__(self, policy: LMPolicy, rngs: Sequence[np.random.Generator]) -> None:
@@ -661,11 +674,17 @@ class Conversation:
         self._num_messages = [0] * size
         self._cuts: list[np.ndarray] = []
         self._truncated_B = np.zeros(size, dtype=bool)
+        self._spoke_B = np.zeros(size, dtype=bool)
 
     @property
     def truncated_B(self) -> np.ndarray:
-        """Whether each dialogue was stopped because it reached the model's context length; a copy."""
+        """Whether each dialogue was stopped by the model's context length; a copy."""
         return self._truncated_B.copy()
+
+    @property
+    def spoke_B(self) -> np.ndarray:
+        """Whether each dialogue had a line in the last turn, be it an empty one; a copy."""
+        return self._spoke_B.copy()
 
     @torch.inference_mode()
     def reply(
@@ -674,7 +693,7 @@ class Conversation:
         active_B: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> list[str]:
-        """Return the next line of every active dialogue, "" for the others and for those out of context.
+        """Return the next line of every active dialogue, "" for the rest and when out of context.
 
         Args:
             observations: B dialogues so far, each ending with the partner's message.
@@ -693,7 +712,9 @@ class Conversation:
             return self._reply_afresh(observations, active, deterministic)
 
         pending = self._pending(observations, active)
-        rooms = {row: self._policy.room(self._length_with(row, new)) for row, new in pending.items()}
+        rooms = {
+            row: self._policy.room(len(self._ids[row]) + len(new)) for row, new in pending.items()
+        }
         for row in [row for row, room in rooms.items() if room < 1]:
             self._truncated_B[row] = True
             del pending[row], rooms[row]
@@ -702,7 +723,9 @@ class Conversation:
 
         lines: dict[int, _Line] = {}
         if pending:
-            unread = {row: self._ids[row][self._num_read[row] :] for row in pending}
+            unread: dict[int, Sequence[int]] = {
+                row: self._ids[row][self._num_read[row] :] for row in pending
+            }
             lines = self._policy.sample_lines(
                 self._decoder, unread, rooms, self._rngs, deterministic
             )
@@ -715,8 +738,8 @@ class Conversation:
         """Return the token record of all turns so far.
 
         Raises:
-            ValueError: if the chat template rewrites earlier turns, so that no one sequence per dialogue
-                equals what the model was shown at each turn.
+            ValueError: if the chat template rewrites earlier turns, so that no one sequence per
+                dialogue equals what the model was shown at each turn.
         """
         if self._refusal is not None:
             raise ValueError(self._refusal)
@@ -734,7 +757,7 @@ class Conversation:
     def _pending(
         self, observations: Sequence[Messages], active: Sequence[int]
     ) -> dict[int, Sequence[int]]:
-        """Return the forced ids that this turn adds to each dialogue: the prompt, later the tail."""
+        """Return the forced ids that this turn adds: at first the prompt, later the tail."""
         pending: dict[int, Sequence[int]] = {}
         for row in active:
             if self._truncated_B[row]:
@@ -754,18 +777,15 @@ class Conversation:
     def _check_continues(self, row: int, messages: Messages) -> None:
         if not messages or messages[-1]["role"] != "user":
             raise ValueError(
-                f"The observation of dialogue {row} must end with the partner's message (role 'user') for the "
-                "agent to speak; inactive dialogues are named by active_B."
+                f"The observation of dialogue {row} must end with the partner's message (role "
+                "'user') for the agent to speak; inactive dialogues are named by active_B."
             )
         expected = self._num_messages[row] + 2
         if self._num_messages[row] and len(messages) != expected:
             raise ValueError(
-                f"The observation of dialogue {row} has {len(messages)} messages where the next turn has "
-                f"{expected}; call begin() again after the environment was reset."
+                f"The observation of dialogue {row} has {len(messages)} messages where the next "
+                f"turn has {expected}; call begin() again after the environment was reset."
             )
-
-    def _length_with(self, row: int, new: Sequence[int]) -> int:
-        return len(self._ids[row]) + len(new)
 
     def _append_forced(self, row: int, ids: Sequence[int]) -> None:
         self._ids[row].extend(ids)
@@ -784,9 +804,10 @@ class Conversation:
             cut_B[row] = not line.ended
             self._truncated_B[row] = not line.ended and rooms[row] < self._policy.max_new_tokens
         self._cuts.append(cut_B)
+        self._spoke_B = np.isin(np.arange(len(self._rngs)), list(lines))
 
     def _refuse_lost_thoughts(self, texts: dict[int, str]) -> None:
-        """Go on without the cache once a line holds a thinking block that the template will drop."""
+        """Go on without the cache once a line holds thoughts that the template will drop."""
         if self._policy.format.keeps_thoughts:
             return
         if any("</think>" in text for text in texts.values()):
@@ -803,7 +824,7 @@ class Conversation:
         )
         self._truncated_B[[row for i, row in enumerate(rows) if i not in lines]] = True
         texts = self._policy.texts({rows[i]: line for i, line in lines.items()})
-        self._cuts.append(np.zeros(len(self._rngs), dtype=bool))
+        self._spoke_B = np.isin(np.arange(len(self._rngs)), list(texts))
         return [texts.get(row, "") for row in range(len(self._rngs))]
 
 
@@ -815,7 +836,7 @@ def _pad(rows: Sequence[Sequence[Any]], fill: float, dtype: Any) -> np.ndarray:
     return padded
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The policy
 
 
@@ -823,8 +844,9 @@ class LMPolicy:
     """A causal language model with a chat template, as an agent that speaks and learns.
 
     Dropout stays off, in training too: the log-probabilities of training are those of sampling.
-    A line ends at the tokenizer's end token or at the one that the chat template puts after a message. Other
-    special tokens stay in the softmax, and training sees them; the text leaves them out.
+    A line ends at the tokenizer's end token or at the one that the chat template puts after a
+    message. Other special tokens stay in the softmax, and training sees them; the text leaves them
+    out.
 
     Args:
         model: any Hugging Face causal LM.
@@ -847,7 +869,8 @@ class LMPolicy:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         if not temperature > 0:
             raise ValueError(
-                f"temperature must be positive, got {temperature}; for the most likely tokens use deterministic=True."
+                f"temperature must be positive, got {temperature}; for the most likely tokens use "
+                "deterministic=True."
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -876,8 +899,8 @@ class LMPolicy:
             settings: `max_new_tokens`, `temperature`, `seed`.
 
         Raises:
-            OSError: if there are no weights in the safetensors format. Pickled weights are refused: loading
-                them runs code.
+            OSError: if there are no weights in the safetensors format. Pickled weights are refused:
+                loading them runs code.
             ValueError: if the tokenizer has no chat template or no end token.
         """
         place = torch.device(_best_device() if device == "auto" else device)
@@ -889,7 +912,8 @@ class LMPolicy:
         model = AutoModelForCausalLM.from_pretrained(
             path_or_name, dtype=dtype, use_safetensors=True
         )
-        return cls(model.to(place), tokenizer, **settings)
+        torch.nn.Module.to(model, place)
+        return cls(model, tokenizer, **settings)
 
     def save(self, path: str | Path) -> None:
         """Write model (safetensors) and tokenizer to a folder that `from_pretrained` reads."""
@@ -909,7 +933,7 @@ class LMPolicy:
 
     @property
     def tape_refusal(self) -> str | None:
-        """Why conversations with this chat template cannot be trained on as one sequence, or None."""
+        """Why conversations cannot be trained on as one sequence each, or None."""
         if self.format.append_only:
             return None
         return self.format_refusal("rewrites earlier turns when the dialogue goes on")
@@ -917,11 +941,12 @@ class LMPolicy:
     def format_refusal(self, what: str) -> str:
         """Return the message for a template that does `what`."""
         return (
-            f"The chat template of {self.name} {what}, so one token sequence per dialogue would differ from what "
-            "the model was shown. Acting works; for training use a model whose template only appends."
+            f"The chat template of {self.name} {what}, so one token sequence per dialogue would "
+            "differ from what the model was shown. Acting works; for training use a model whose "
+            "template only appends."
         )
 
-    # -- acting -------------------------------------------------------------------------------------------
+    # -- acting ------------------------------------------------------------------------------------
 
     def predict(self, observation: Messages, deterministic: bool = False) -> tuple[str, None]:
         """Return the next line of one dialogue and None, as Stable-Baselines3 does.
@@ -937,7 +962,7 @@ class LMPolicy:
         deterministic: bool = False,
         rngs: Sequence[np.random.Generator] | None = None,
     ) -> list[str]:
-        """Return the next line of each dialogue, read from its start; `rngs`: one generator for each.
+        """Return the next line of each dialogue, read from its start.
 
         Raises:
             ValueError: if a dialogue is longer than the model's context.
@@ -948,7 +973,8 @@ class LMPolicy:
         if too_long:
             raise ValueError(
                 f"The dialogues {too_long} leave no room in the model's context of "
-                f"{self.network.context_length} tokens; use fewer turns or a model with a longer context."
+                f"{self.network.context_length} tokens; use fewer turns or a model with a longer "
+                "context."
             )
         texts = self.texts(lines)
         return [texts[i] for i in range(len(observations))]
@@ -991,7 +1017,7 @@ class LMPolicy:
         rngs: Sequence[np.random.Generator],
         deterministic: bool,
     ) -> dict[int, _Line]:
-        """Sample one line per dialogue in `pending` with this policy's temperature and end tokens."""
+        """Sample one line per dialogue with this policy's temperature and end tokens."""
         return _sample_lines(
             decoder, pending, rooms, rngs, self.end_ids, self.temperature, deterministic
         )
@@ -1004,7 +1030,7 @@ class LMPolicy:
         return self.format.end_ids | {int(token) for token in more if token is not None}
 
     def room(self, length: int) -> int:
-        """Return how many tokens a line may have after `length` tokens; below 1 the context is full."""
+        """Return how long a line after `length` tokens may be; below 1 the context is full."""
         limit = self.network.context_length
         return self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - length)
 
@@ -1012,24 +1038,26 @@ class LMPolicy:
         """Return the lines as text: no special tokens, no blanks around, no NUL characters."""
         if not lines:
             return {}
-        ids = [line.ids for line in lines.values()]
+        ids = [line.ids[:-1] if line.ended else line.ids for line in lines.values()]
         texts = self.tokenizer.batch_decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        cleaned = (text.replace("\0", "").strip() for text in texts)
+        cleaned = (text.replace("\0", "").strip() or "..." for text in texts)
         return dict(zip(lines, cleaned, strict=True))
 
-    # -- learning -----------------------------------------------------------------------------------------
+    # -- learning ----------------------------------------------------------------------------------
 
     def logprobs(
         self, token_BL: np.ndarray | torch.Tensor, turn_BL: np.ndarray | torch.Tensor
     ) -> torch.Tensor:
         """Return log pi(token | tokens before it) at the agent's tokens, with gradient.
 
-            logprob[b, l] = log softmax(logits[b, l-1] / temperature)[token[b, l]]   where turn[b, l] >= 0, else 0
+            logprob[b, l] = log softmax(logits[b, l-1] / temperature)[token[b, l]]   where turn[b,
+            l] >= 0, else 0
 
-        One forward pass reads each dialogue as one sequence up to the last agent token; the output head is
-        applied at agent positions only, in chunks whose logits are recomputed in the backward pass.
+        One forward pass reads each dialogue as one sequence up to the last agent token; the output
+        head is applied at agent positions only, in chunks whose logits are recomputed in the
+        backward pass.
 
         Args:
             token_BL: ids, right-padded with any valid id.
@@ -1045,7 +1073,8 @@ class LMPolicy:
         turn_BL = torch.as_tensor(turn_BL, device=self.device)
         if token_BL.shape != turn_BL.shape or token_BL.ndim != 2:
             raise ValueError(
-                f"token_BL {tuple(token_BL.shape)} and turn_BL {tuple(turn_BL.shape)} must be (B, L) both."
+                f"token_BL {tuple(token_BL.shape)} and turn_BL {tuple(turn_BL.shape)} must be (B, "
+                "L) both."
             )
         spoken_BL = turn_BL if turn_BL.dtype == torch.bool else turn_BL >= 0
         row_N, column_N = spoken_BL.nonzero(as_tuple=True)
@@ -1053,7 +1082,9 @@ class LMPolicy:
         if len(row_N) == 0:
             return logprob_BL
         if int(column_N.min()) == 0:
-            raise ValueError("The first token of a dialogue has no context, the agent cannot have said it.")
+            raise ValueError(
+                "The first token of a dialogue has no context, the agent cannot have said it."
+            )
 
         self.model.eval()
         context_BL = token_BL[:, : int(column_N.max())]
@@ -1094,10 +1125,10 @@ class LMPolicy:
 
 
 def microbatches(length_B: np.ndarray, token_budget: int) -> Iterator[np.ndarray]:
-    """Yield index arrays that cover all rows once, longest rows first, each padded to at most the budget.
+    """Yield index arrays that cover all rows, longest first, each within the budget.
 
-    rows x longest length in the batch <= token_budget, except that a row longer than the budget comes alone.
-    Longest first: if memory is short, it shows at once.
+    rows x longest length in the batch <= token_budget, except that a row longer than the budget
+    comes alone. Longest first: if memory is short, it shows at once.
     """
     if token_budget < 1:
         raise ValueError(f"token_budget must be at least 1 token, got {token_budget}.")
@@ -1118,9 +1149,12 @@ def _best_device() -> str:
 def _refuse_pickles(folder: Path) -> None:
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    pickled = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")
+    )
     if pickled:
         raise OSError(
-            f"{folder} has weights as a pickle only ({', '.join(pickled)}), which runs code when it is loaded. "
-            "Convert them once with model.save_pretrained(...) in a safe place, which writes safetensors."
+            f"{folder} has weights as a pickle only ({', '.join(pickled)}), which runs code when "
+            "it is loaded. Convert them once with model.save_pretrained(...) in a safe place, "
+            "which writes safetensors."
         )

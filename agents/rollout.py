@@ -3,8 +3,9 @@
     batch = collect_rollouts(envs, policy, seed=0, options={"group_size": 8})
     batch.reward_BT[batch.alive_BT].mean()
 
-Works with any policy that has `predict`; a policy that has `begin` (`LMPolicy`) speaks for all slots at once
-and leaves its tokens and log-probabilities in the batch. B slots = dialogues, T turns, L tokens.
+Works with any policy that has `predict`; a policy that has `begin` (`LMPolicy`) speaks for all
+slots at once and leaves its tokens and log-probabilities in the batch. B slots = dialogues, T
+turns, L tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ _FILLER = "..."
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """B dialogues of up to T turns, as they happened. Entries after a dialogue's end are not alive."""
+    """B dialogues of up to T turns. Entries after a dialogue's end are not alive."""
 
     reward_BT: np.ndarray
     """Reward of each turn, float64; NaN where the turn could not be scored, 0 where not alive."""
     alive_BT: np.ndarray
     """Whether the turn took place, bool."""
     group_B: np.ndarray
-    """Group id of each dialogue, int64; every dialogue its own group where the environment names none."""
+    """Group id of each dialogue, int64; its own number where the environment has no groups."""
     cut_BT: np.ndarray
     """Whether the line was cut by `max_new_tokens`, bool; all False for policies without tokens."""
     truncated_B: np.ndarray
-    """Whether the dialogue was cut off from outside: by the environment or by a full model context, bool."""
+    """Whether the environment, or a full model context, cut the dialogue off, bool."""
     part_BT: dict[str, np.ndarray]
     """The reward's components by name, float64 (B, T); NaN where there was none."""
     transcripts: list[Messages]
@@ -89,6 +90,8 @@ class _Speaker(Protocol):
 
     @property
     def truncated_B(self) -> np.ndarray: ...
+    @property
+    def spoke_B(self) -> np.ndarray: ...
 
     def reply(
         self, observations: Sequence[Messages], active_B: np.ndarray, deterministic: bool
@@ -110,6 +113,7 @@ class _OneByOne:
     def __init__(self, policy: Policy, size: int) -> None:
         self._policy = policy
         self.truncated_B = np.zeros(size, dtype=bool)
+        self.spoke_B = np.ones(size, dtype=bool)
 
     def reply(
         self, observations: Sequence[Messages], active_B: np.ndarray, deterministic: bool
@@ -137,17 +141,19 @@ def collect_rollouts(
     """Play one dialogue from start to end in every slot of `envs` and return what happened.
 
     Args:
-        envs: a vector environment of dialogues: this project's own, or Gymnasium's Sync/AsyncVectorEnv.
+        envs: a vector environment of dialogues: this project's own, or Gymnasium's
+            Sync/AsyncVectorEnv.
         policy: has `predict`; if it has `begin` too, its batched conversation is used.
-        seed: of the environment's reset and, in a stream of its own, of one generator per slot for the agent.
-            Policies without `begin` have their own seed.
+        seed: of the environment's reset and, in a stream of its own, of one generator per slot for
+            the agent. Policies without `begin` have their own seed.
         options: passed to `reset`, e.g. {"group_size": 8}.
         deterministic: the agent takes its most likely line.
-        keep_tokens: ask the policy for its token record; False for mere acting, where a chat template that
-            cannot be trained on is no obstacle.
+        keep_tokens: ask the policy for its token record; False for mere acting, where a chat
+            template that cannot be trained on is no obstacle.
 
     Raises:
-        ValueError: if `keep_tokens` and the policy's chat template cannot give one sequence per dialogue.
+        ValueError: if `keep_tokens` and the policy's chat template cannot give one sequence per
+            dialogue.
     """
     start = time.perf_counter()
     size = envs.num_envs
@@ -161,7 +167,7 @@ def collect_rollouts(
 
     while True:
         texts = speaker.reply(transcripts, alive_B, deterministic)
-        alive_B &= ~_silenced(speaker, texts)
+        alive_B &= speaker.spoke_B
         if not alive_B.any():
             break
         actions = tuple(
@@ -212,11 +218,6 @@ def _speaker(policy: Policy | _BatchPolicy, size: int, seed: int | None) -> _Spe
     return _OneByOne(policy, size)
 
 
-def _silenced(speaker: _Speaker, texts: Sequence[str]) -> np.ndarray:
-    """Return which slots said nothing since their context is full (a last, cut line still counts)."""
-    return speaker.truncated_B & np.array([text == "" for text in texts])
-
-
 def _groups(infos: Mapping[str, Any], size: int) -> np.ndarray:
     if "group_id" not in infos:
         return np.arange(size)
@@ -224,7 +225,7 @@ def _groups(infos: Mapping[str, Any], size: int) -> np.ndarray:
 
 
 def _turn_parts(infos: Mapping[str, Any], alive_B: np.ndarray) -> dict[str, np.ndarray]:
-    """Return this turn's reward components; a slot that was reset at once has them in `final_info`."""
+    """Return this turn's parts; a slot that was reset at once has them in `final_info`."""
     parts = _reward_parts(infos, alive_B)
     final = infos.get("final_info")
     if final is None:
@@ -264,7 +265,7 @@ def _masked(values: Any, mask_B: np.ndarray) -> np.ndarray:
 
 
 def _last_observation(observations: Any, infos: Mapping[str, Any], slot: int) -> Messages:
-    """Return the slot's observation of the dialogue under way, not of the next where that has begun."""
+    """Return the slot's observation of this dialogue, not of one that has begun since."""
     final = infos.get("final_obs")
     if final is not None and final[slot] is not None:
         return final[slot]
@@ -301,5 +302,6 @@ def _stack_parts(parts: list[dict[str, np.ndarray]], size: int) -> dict[str, np.
     names = dict.fromkeys(name for part in parts for name in part)
     missing = np.full(size, np.nan)
     return {
-        name: _stack([part.get(name, missing) for part in parts], size, np.float64) for name in names
+        name: _stack([part.get(name, missing) for part in parts], size, np.float64)
+        for name in names
     }

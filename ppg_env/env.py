@@ -102,6 +102,11 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
         self._lines_shown = 0
 
     @property
+    def persona_ids(self) -> tuple[str, ...]:
+        """Return the ids of the personas that dialogues are drawn from."""
+        return tuple(persona.id for persona in self.world.personas)
+
+    @property
     def transcript(self) -> Transcript:
         """Return the transcript of the running (or just finished) dialogue."""
         return self._running().transcript

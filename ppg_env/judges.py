@@ -12,7 +12,7 @@ from typing import Protocol
 
 from .dialogue import Persona, Transcript, Turn, Verdict
 from .domains import Claim, Domain, Reading
-from .process import turn_value
+from .process import Dynamics, turn_value
 
 MAX_ATTRIBUTES = 3
 """A line may speak to this many attributes; more is a list of facts, not a reply."""
@@ -35,10 +35,16 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """What earlier turns left behind: the dynamics' state and all own claims with their turn."""
+    """What the first `turns` turns left behind: the dynamics' state and all own claims with their turn."""
 
     state: Hashable
-    claims: tuple[tuple[int, Claim], ...]
+    claims: tuple[tuple[int, Claim], ...] = ()
+    turns: int = 0
+
+    def after(self, dynamics: Dynamics, act: str, claims: Sequence[Claim]) -> _Memory:
+        """Return the memory after one more turn."""
+        said = tuple([(self.turns, claim) for claim in claims])
+        return _Memory(dynamics.advance(self.state, act), self.claims + said, self.turns + 1)
 
 
 class RuleJudge:
@@ -85,9 +91,13 @@ class RuleJudge:
         earlier = transcript.turns[:-1]
         memory = self._recall(persona, earlier)
         flaw, act, claims, false = self._understand(persona, earlier, turn)
+        dynamics = self.domain.dynamics(persona)
+        self._memories.pop((persona, earlier), None)  # the memory of a dialogue moves on with it
+        if len(transcript.turns) < transcript.max_turns:
+            self._remember(persona, transcript.turns, memory.after(dynamics, act, claims))
 
         attentive = self.domain.attentive(turn.partner)
-        value = turn_value(self.domain.dynamics(persona), memory.state, act, attentive)
+        value = turn_value(dynamics, memory.state, act, attentive)
         conflict = _conflict(claims, memory.claims)
         checkable = [claim for claim in claims if claim.attribute in persona.facts]
         parts: dict[str, float | None] = {
@@ -117,21 +127,21 @@ class RuleJudge:
         return flaw, act, understood.claims, understood.false_claims
 
     def _recall(self, persona: Persona, turns: tuple[Turn, ...]) -> _Memory:
-        """Return what `turns` left behind, from the memory of one turn less."""
+        """Return what `turns` left behind; they are read again only if this judge never saw them."""
         if not turns:
-            return _Memory(self.domain.dynamics(persona).start, ())
-        key = (persona, turns)
-        memory = self._memories.get(key)
+            return _Memory(self.domain.dynamics(persona).start)
+        memory = self._memories.get((persona, turns))
         if memory is None:
             before = self._recall(persona, turns[:-1])
             _, act, claims, _ = self._understand(persona, turns[:-1], turns[-1])
-            state = self.domain.dynamics(persona).advance(before.state, act)
-            number = len(turns) - 1
-            memory = _Memory(state, before.claims + tuple((number, claim) for claim in claims))
-            if len(self._memories) >= _CACHE_SIZE:
-                self._memories.clear()
-            self._memories[key] = memory
+            memory = before.after(self.domain.dynamics(persona), act, claims)
+            self._remember(persona, turns, memory)
         return memory
+
+    def _remember(self, persona: Persona, turns: tuple[Turn, ...], memory: _Memory) -> None:
+        if len(self._memories) >= _CACHE_SIZE:
+            self._memories.clear()
+        self._memories[persona, turns] = memory
 
 
 def find_flaw(line: str, reading: Reading, partner: Reading, persona: Reading) -> str:

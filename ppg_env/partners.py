@@ -52,6 +52,13 @@ class ScriptedPartner:
             raise ValueError(f"patience must be at least 1 or None, got {patience}.")
         self.domain, self.noise, self.patience = domain, noise, patience
         self.tempt_rate = domain.tempt_rate if tempt_rate is None else tempt_rate
+        if not any(attribute.tempted for attribute in domain.attributes):
+            self.tempt_rate = 0.0
+        if not domain.open_questions and not any(a.asked for a in domain.attributes):
+            raise ValueError(
+                f"Domain {domain.name!r} gives its partner nothing to ask: "
+                "fill `asked` of an attribute, or `open_questions`."
+            )
 
     def __call__(
         self, transcripts: Sequence[Transcript], rngs: Sequence[np.random.Generator]
@@ -61,13 +68,15 @@ class ScriptedPartner:
 
     def _line(self, transcript: Transcript, rng: np.random.Generator) -> str:
         if not transcript.turns:
-            opening = choose(rng, self.domain.openings).format(
-                **{
-                    a: self.domain.by_name[a].values[v][0]
-                    for a, v in transcript.persona.facts.items()
-                }
-            )
-            return f"{opening} {self._question(transcript, rng)}"
+            return f"{self._opening(transcript, rng)} {self._next_line(transcript, rng)}"
+        return self._next_line(transcript, rng)
+
+    def _opening(self, transcript: Transcript, rng: np.random.Generator) -> str:
+        by_name, facts = self.domain.by_name, transcript.persona.facts
+        spoken = {name: by_name[name].values[value][0] for name, value in facts.items()}
+        return choose(rng, self.domain.openings).format(**spoken)
+
+    def _next_line(self, transcript: Transcript, rng: np.random.Generator) -> str:
         if self.patience is not None and self._out_of_patience(transcript):
             return Farewell("I think we should stop here. Goodbye!")
         if rng.random() < self.noise:
@@ -84,6 +93,8 @@ class ScriptedPartner:
 
     def _followed_claim(self, transcript: Transcript) -> Claim | None:
         """Return the claim of the last reply to follow up on: an unasked one before an asked one."""
+        if not transcript.turns:
+            return None
         last = transcript.turns[-1]
         claims = [
             claim
@@ -100,12 +111,12 @@ class ScriptedPartner:
     def _question(self, transcript: Transcript, rng: np.random.Generator) -> str:
         if rng.random() < self.tempt_rate:
             return self._tempt(transcript, rng)
-        asked = [turn.partner for turn in transcript.turns]
+        asked = "\n".join([turn.partner for turn in transcript.turns])
         if self.domain.open_questions:
-            fresh = [q for q in self.domain.open_questions if not any(q in line for line in asked)]
+            fresh = [q for q in self.domain.open_questions if q not in asked]
             return choose(rng, fresh or self.domain.open_questions)
         attribute = choose(rng, self._fresh_attributes(transcript))
-        fresh = [q for q in attribute.asked if not any(q in line for line in asked)]
+        fresh = [q for q in attribute.asked if q not in asked]
         return choose(rng, fresh or attribute.asked)
 
     def _tempt(self, transcript: Transcript, rng: np.random.Generator) -> str:
@@ -125,14 +136,15 @@ class ScriptedPartner:
 
     def _fresh_attributes(self, transcript: Transcript) -> list[Attribute]:
         """Return what to ask about: this phase's attributes not yet asked, else any, else all again."""
-        read = self.domain.lexicon.read
+        read, facts = self.domain.lexicon.read, transcript.persona.facts
+        askable = [a for a in self.domain.attributes if a.asked and a.name in facts]
         asked = set().union(*(read(turn.partner).topics for turn in transcript.turns))
-        for pool in (self._phase_attributes(transcript), self.domain.attributes):
-            fresh = [a for a in pool if a.asked and a.name not in asked]
-            if fresh:
-                return fresh
+        now = {a.name for a in self._phase_attributes(transcript)}
+        fresh = [a for a in askable if a.name not in asked]
+        if fresh:
+            return [a for a in fresh if a.name in now] or fresh
         recent = read(transcript.turns[-1].partner).topics if transcript.turns else frozenset()
-        return [a for a in self.domain.attributes if a.asked and a.name not in recent]
+        return [a for a in askable if a.name not in recent] or askable
 
     def _out_of_patience(self, transcript: Transcript) -> bool:
         assert self.patience is not None

@@ -65,7 +65,8 @@ class Utterance(gym.Space[str]):
         words = self.np_random.choice(_SAMPLE_WORDS, size=number)
         return (" ".join(words) + ".")[: self.max_length]
 
-    def is_np_flattenable(self) -> bool:  # type: ignore[override]
+    @property
+    def is_np_flattenable(self) -> bool:
         """Return False: text has no fixed-size array form."""
         return False
 
@@ -112,7 +113,8 @@ class DialogueMessages(gym.Space[Messages]):
             {"role": role, "content": self._line.sample()} for role in roles[: self.max_messages]
         ]
 
-    def is_np_flattenable(self) -> bool:  # type: ignore[override]
+    @property
+    def is_np_flattenable(self) -> bool:
         """Return False: text has no fixed-size array form."""
         return False
 

@@ -83,6 +83,11 @@ class PersonaDialogueVectorEnv(
         self._dialogues: list[Dialogue | None] = [None] * num_envs
 
     @property
+    def persona_ids(self) -> tuple[str, ...]:
+        """Return the ids of the personas that dialogues are drawn from."""
+        return tuple(persona.id for persona in self.world.personas)
+
+    @property
     def transcripts(self) -> list[Transcript]:
         """Return the transcripts of all slots."""
         return [dialogue.transcript for dialogue in self._running()]
@@ -233,36 +238,40 @@ class PersonaDialogueVectorEnv(
     def _step_infos(
         self, slots: Sequence[int], dialogues: Sequence[Dialogue], verdicts: Sequence[Verdict]
     ) -> dict[str, Any]:
-        """Return what `_add_info` over `World.step_info` would, column by column and so much faster."""
+        """Return what `_add_info` over `World.step_info` would, column by column and so much faster.
+
+        A reward part that does not apply (None in the single environment) is NaN.
+        """
         if not slots:
             return {}
         held_N = np.zeros(self.num_envs, dtype=bool)
         held_N[slots] = True
-        infos: dict[str, Any] = {}
 
-        def put(target: dict[str, Any], key: str, values: Sequence[Any], dtype: type) -> None:
-            column = (
-                np.zeros(self.num_envs, dtype) if dtype is not object else _nones(self.num_envs)
-            )
-            if dtype is object:
+        def spread(columns: Mapping[str, tuple[type, Sequence[Any]]]) -> dict[str, Any]:
+            infos: dict[str, Any] = {}
+            for key, (dtype, values) in columns.items():
+                infos[key] = np.full(self.num_envs, None if dtype is object else 0, dtype=dtype)
                 for slot, value in zip(slots, values, strict=True):
-                    column[slot] = value
-            else:
-                column[slots] = values
-            target[key], target[f"_{key}"] = column, held_N.copy()
+                    infos[key][slot] = value
+                infos[f"_{key}"] = held_N.copy()
+            return infos
 
         turns = [len(dialogue.transcript.turns) for dialogue in dialogues]
-        put(infos, "persona", [d.transcript.persona.id for d in dialogues], object)
-        put(infos, "group_id", [d.seed for d in dialogues], int)
-        put(infos, "turn", turns, int)
-        put(infos, "phase", [self.world.phase_index(turn - 1) for turn in turns], int)
-        put(infos, "act", [v.act for v in verdicts], object)
-        put(infos, "claims", [v.claims for v in verdicts], object)
-        put(infos, "reason", [v.reason for v in verdicts], object)
-        put(infos, "unscorable", [v.reward is None for v in verdicts], bool)
-        put(infos, "reward_parts", [dict(v.parts) for v in verdicts], object)
+        infos = spread(
+            {
+                "persona": (object, [d.transcript.persona.id for d in dialogues]),
+                "group_id": (int, [d.seed for d in dialogues]),
+                "turn": (int, turns),
+                "phase": (int, [self.world.phase_index(turn - 1) for turn in turns]),
+                "act": (object, [v.act for v in verdicts]),
+                "claims": (object, [v.claims for v in verdicts]),
+                "reason": (object, [v.reason for v in verdicts]),
+                "unscorable": (bool, [v.reward is None for v in verdicts]),
+            }
+        )
+        names = dict.fromkeys(name for verdict in verdicts for name in verdict.parts)
+        infos["reward_parts"] = spread(
+            {name: (float, [v.parts.get(name) for v in verdicts]) for name in names}
+        )
+        infos["_reward_parts"] = held_N
         return infos
-
-
-def _nones(size: int) -> np.ndarray:
-    return np.full(size, None, dtype=object)

@@ -1,4 +1,4 @@
-"""Tiny real language models, tokenizers and chat templates, made in memory: seconds of nothing to download."""
+"""Tiny real language models, tokenizers and chat templates, made in memory."""
 
 from __future__ import annotations
 
@@ -75,6 +75,21 @@ def _trained_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def blank_first_tokenizer(template: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that puts a blank before the first word of a text, as Llama 2's does."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    trained.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+    letters = [chr(i) for i in range(32, 127)] + ["\n"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=200, special_tokens=["</s>"], initial_alphabet=letters, show_progress=False
+    )
+    trained.train_from_iterator(_TEXTS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="</s>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def tiny_tokenizer(
     template: str | None = CHATML, *, adds_start_token: bool = False, **special: Any
 ) -> PreTrainedTokenizerFast:
@@ -113,8 +128,8 @@ _SIZE: dict[str, Any] = {
 def tiny_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """Return a randomly initialised model: llama, qwen2, mistral, mixed, gemma2, gpt2 or mamba.
 
-    `mistral` looks back 9 tokens in every layer, `mixed` (a Qwen2) in every other layer; `gemma2` caps its
-    logits; `gpt2` has learned positions; `mamba` has no keys and values.
+    `mistral` looks back 9 tokens in every layer, `mixed` (a Qwen2) in every other layer; `gemma2`
+    caps its logits; `gpt2` has learned positions; `mamba` has no keys and values.
     """
     torch.manual_seed(seed)
     size = {**_SIZE, **changes}
@@ -150,8 +165,13 @@ def tiny_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     elif kind == "mamba":
         model = MambaForCausalLM(
             MambaConfig(
-                vocab_size=320, hidden_size=32, num_hidden_layers=2, state_size=4, eos_token_id=1,
-                pad_token_id=None, bos_token_id=None,
+                vocab_size=320,
+                hidden_size=32,
+                num_hidden_layers=2,
+                state_size=4,
+                eos_token_id=1,
+                pad_token_id=None,
+                bos_token_id=None,
             )
         )
     else:

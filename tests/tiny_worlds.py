@@ -1,4 +1,4 @@
-"""A tiny dialogue world behind Gymnasium's interface: a partner that echoes, dialogues of different lengths."""
+"""A tiny dialogue world: the partner echoes, dialogues have different lengths."""
 
 from __future__ import annotations
 
@@ -49,9 +49,10 @@ class AnyMessages(gym.Space[Messages]):
 
 
 class EchoDialogue(gym.Env[Messages, str]):
-    """The partner repeats the line and adds words of its own; the reward is the line's length over 100.
+    """The partner repeats the line and adds words; the reward is the line's length over 100.
 
-    The seed chooses the persona, the opening and the number of turns (2 to `max_turns`). Turn 1 is unscorable.
+    The seed chooses the persona, the opening and the number of turns (2 to `max_turns`). Turn 1 is
+    unscorable.
     """
 
     phase_boundaries = (0, 2)
@@ -89,12 +90,12 @@ class EchoDialogue(gym.Env[Messages, str]):
 
 
 class EchoDialogues(gym.vector.VectorEnv[tuple[Messages, ...], tuple[str, ...], Any]):
-    """Several `EchoDialogue`s as one batched world: finished slots stay finished, groups share a seed."""
+    """Several `EchoDialogue`s at once: finished slots stay finished, groups share a seed."""
 
-    metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
     phase_boundaries = (0, 2)
 
     def __init__(self, num_envs: int, max_turns: int = 4) -> None:
+        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
         self.num_envs = num_envs
         self.envs = [EchoDialogue(max_turns) for _ in range(num_envs)]
         self.done_B = np.zeros(num_envs, dtype=bool)

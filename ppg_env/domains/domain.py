@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TypeVar
 
 import numpy as np
@@ -149,9 +150,7 @@ class Domain:
             forms={a.name: a.values for a in self.attributes},
             cues={a.name: a.cues for a in self.attributes},
             marks={
-                "distracted": [
-                    line.lower().strip(".!,").replace(",", "") for line in self.distractions
-                ],
+                "distracted": [line.strip(" .!?") for line in self.distractions],
                 **self.marks,
             },
         )
@@ -184,9 +183,9 @@ class Domain:
 
     def phase_boundaries(self, max_turns: int) -> list[int]:
         """Return the first turn of each phase that has at least one turn, starting with 0."""
-        ends = np.rint(np.cumsum([phase.share for phase in self.phases]) * max_turns).astype(int)
-        starts = [0, *(int(end) for end in ends[:-1])]
-        return sorted({start for start in starts if start < max_turns})
+        ends = accumulate(phase.share for phase in self.phases)
+        starts = {0, *(round(end * max_turns) for end in ends)}
+        return sorted(start for start in starts if start < max_turns)
 
     def phase_of(self, turn: int, max_turns: int) -> int:
         """Return the index of the phase that `turn` belongs to."""

@@ -376,7 +376,7 @@ EDUCATION = EducationDomain(
             "i don't see why",
         ],
         "request": [
-            "can you",
+            "can you", "let's", "let us try",
             "could you",
             "can we",
             "could we",

@@ -1,0 +1,224 @@
+"""The command line: ppg demo | train | evaluate | play. Every flag is a field of a config dataclass."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import ppg_env
+
+from .compare import Cell, CompareConfig, cells, compare
+from .train import TrainConfig, train
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which agent is evaluated, and on whom."""
+
+    agent: str = "nano"
+    """Folder of a saved agent or model, or "nano"."""
+    domain: str = "chatting"
+    """Domain of PersonaDialogue-v0."""
+    personas: str = "test"
+    """A split of the bundled personas, or the path of a persona file."""
+    episodes: int = 2
+    """Dialogues per persona."""
+    deterministic: bool = False
+    """The most likely line instead of a sampled one."""
+    max_turns: int = 8
+    """Agent turns in a dialogue."""
+    noise: float = 0.1
+    """How often the scripted partner is distracted, a probability."""
+    seed: int = 10_000
+    """Seeds dialogues and sampling."""
+
+
+@dataclass(frozen=True)
+class PlayConfig:
+    """With whom to speak."""
+
+    domain: str = "therapy"
+    """Domain of PersonaDialogue-v0."""
+    persona: str | None = None
+    """Persona id to play; None draws one."""
+    max_turns: int = 8
+    """Your turns in the dialogue."""
+    seed: int | None = None
+    """Seeds persona and partner."""
+
+
+def demo(c: CompareConfig) -> None:
+    """Train every policy class in every domain, compare on held-out personas, write a report."""
+    from .report import COLUMNS, findings, save_report, table_rows
+
+    for domain in c.domains:
+        ppg_env.get_domain(domain)
+    everything = cells(c)
+    console.print(
+        f"{len(everything)} cells: {', '.join(c.domains)} x untrained, {', '.join(c.methods)}; "
+        f"{c.updates} updates x {c.episodes} dialogues each, {c.workers} processes"
+    )
+    started = time.perf_counter()
+    with _progress() as progress:
+        overall = progress.add_task("[bold]all cells", total=len(everything))
+        tasks = {
+            cell: progress.add_task(f"{cell.domain} {cell.method}", total=1.0, visible=False)
+            for cell in everything
+        }
+
+        def show(share: Mapping[Cell, float]) -> None:
+            progress.update(overall, completed=sum(share.values()))
+            for cell, done in share.items():
+                progress.update(tasks[cell], completed=done, visible=0.0 < done < 1.0)
+
+        try:
+            results = compare(c, show)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(
+                "Stopped. Finished cells are kept; the same command goes on with the rest."
+            )
+            sys.exit(130)
+
+    table = Table(title="Held-out personas, mean [95 % interval]")
+    for name in ("domain", "method", *COLUMNS):
+        table.add_column(name, no_wrap=name in ("domain", "method"))
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table)
+    for sentence in findings(results):
+        console.print(sentence, highlight=False)
+    for path in save_report(results, c):
+        console.print(f"wrote {path}")
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
+
+
+def evaluate_agent(c: EvaluateConfig) -> None:
+    """Evaluate a saved agent, "nano" or any Hugging Face model folder; print the metrics."""
+    from .evaluate import evaluate_policy
+    from .ppg import load_policy
+
+    if c.agent != "nano" and not Path(c.agent).exists():
+        near = difflib.get_close_matches(c.agent, ["nano"], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"Unknown agent {c.agent!r}.{hint} There are 'nano' and folders such as "
+            "runs/train/agent, written by ppg train."
+        )
+    envs = gym.make_vec(
+        "PersonaDialogue-v0",
+        num_envs=32,
+        domain=c.domain,
+        personas=c.personas,
+        max_turns=c.max_turns,
+        noise=c.noise,
+    )
+    found = evaluate_policy(
+        envs,
+        load_policy(c.agent),
+        episodes_per_persona=c.episodes,
+        seed=c.seed,
+        deterministic=c.deterministic,
+    )
+    table = Table(title=f"{c.agent} in {c.domain}, {len(found.persona_reward)} personas")
+    table.add_column("metric")
+    table.add_column("mean [95 % interval]")
+    for name, value in found.metrics.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    by_turn = "  ".join(f"{reward:.2f}" for reward in found.reward_T)
+    console.print(f"reward by turn: {by_turn}", highlight=False)
+
+
+def play(c: PlayConfig) -> None:
+    """Let a person play the persona in the terminal and show the verdict of every line."""
+    env = gym.make(
+        "PersonaDialogue-v0", domain=c.domain, personas="all", max_turns=c.max_turns
+    )
+    options: dict[str, Any] = {} if c.persona is None else {"persona": c.persona}
+    observation, _ = env.reset(seed=c.seed, options=options)
+    world = env.unwrapped.world  # type: ignore[attr-defined]
+    console.print(f"[dim]{observation[0]['content']}[/dim]")
+    console.print("[dim]Answer as this person; an empty line or Ctrl-D ends.[/dim]")
+    total, turns, over = 0.0, 0, False
+    while not over:
+        console.print(f"[bold]{world.domain.partner_role}:[/bold] ", end="")
+        console.print(observation[-1]["content"], markup=False, highlight=False)
+        try:
+            line = input(f"{world.domain.agent_role}: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            line = ""
+        if not line:
+            break
+        try:
+            observation, reward, over, _, info = env.step(line)
+        except ValueError as error:
+            console.print(str(error), style="red", markup=False)
+            continue
+        total, turns = total + float(reward), turns + 1
+        parts = ", ".join(
+            f"{name} {'-' if value is None else f'{value:.2f}'}"
+            for name, value in info["reward_parts"].items()
+        )
+        colour = "green" if reward >= 0.5 else "red"
+        console.print(
+            f"   {reward:.2f}  {info['reason']}  ({parts})", style=colour, markup=False
+        )
+    if turns:
+        console.print(f"mean reward {total / turns:.2f} over {turns} turns")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def main() -> None:
+    """Entry point of the `ppg` command."""
+    config = tyro.extras.subcommand_cli_from_dict(
+        {
+            "demo": CompareConfig,
+            "train": TrainConfig,
+            "evaluate": EvaluateConfig,
+            "play": PlayConfig,
+        },
+        prog="ppg",
+        description="Partial policy gradients for persona dialogues.",
+    )
+    commands = {CompareConfig: demo, EvaluateConfig: evaluate_agent, PlayConfig: play}
+    try:
+        if isinstance(config, TrainConfig):
+            ppg_env.get_domain(config.domain)
+            train(config)
+            console.print(f"The agent is in {config.run}/agent")
+        else:
+            commands[type(config)](config)
+    except (ValueError, OSError) as error:
+        console.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

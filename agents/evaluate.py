@@ -1,0 +1,194 @@
+"""How good is a policy on personas it has not learned from? Means with confidence intervals, drift.
+
+    result = evaluate_policy(envs, policy, episodes_per_persona=2, seed=0)
+    result.metrics["reward"].mean, result.metrics["reward"].low, result.metrics["reward"].high
+
+The unit of resampling is the persona: turns of one dialogue, and dialogues of one persona, resemble each
+other, so intervals over turns would be too narrow. Evaluation shares no state with training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import VectorEnv
+
+from .policy import Messages, Policy
+from .rollout import RolloutBatch, collect_rollouts
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with the bounds of its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return e.g. "0.412 [0.391, 0.433]"."""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: "reward" (mean per turn), "drift" (change of the reward per turn of the dialogue), every
+            reward part by name, "degenerate_rate" if the judge tells it; means of persona means.
+        reward_T: mean reward of each turn.
+        persona_reward: mean reward per turn of each persona, for paired comparisons.
+        transcripts: what was said, one message list a dialogue.
+        transcript_rewards: the rewards of each of them, one list a dialogue.
+        num_tokens, seconds: sampled tokens (0 without) and wall-clock time of the rollouts.
+    """
+
+    metrics: Mapping[str, Estimate]
+    reward_T: np.ndarray
+    persona_reward: Mapping[str, float]
+    transcripts: Sequence[Messages]
+    transcript_rewards: Sequence[Sequence[float]]
+    num_tokens: int
+    seconds: float
+
+
+def evaluate_policy(
+    envs: VectorEnv[Any, Any, Any],
+    policy: Policy,
+    *,
+    personas: Sequence[str] | None = None,
+    episodes_per_persona: int = 1,
+    seed: int = 0,
+    deterministic: bool = False,
+) -> Evaluation:
+    """Let `policy` speak whole dialogues as each persona and return what came of it.
+
+    Args:
+        envs: a vector environment of PersonaDialogue-v0 made with held-out personas.
+        policy: anything with `predict`.
+        personas: ids; None takes all that `envs` has.
+        episodes_per_persona: dialogues a persona, with different openings and partner seeds.
+        seed: of dialogues and sampling; the same seed meets every policy with the same partners.
+        deterministic: the most likely line instead of a sampled one.
+
+    Raises:
+        ValueError: if there are no personas to evaluate on.
+    """
+    ids = list(envs.unwrapped.persona_ids if personas is None else personas)  # type: ignore[attr-defined]
+    if not ids or episodes_per_persona < 1:
+        raise ValueError(
+            f"Nothing to evaluate: {len(ids)} personas, {episodes_per_persona} episodes each."
+        )
+    wanted = ids * episodes_per_persona
+    batches: list[tuple[RolloutBatch, int]] = []
+    for number, start in enumerate(range(0, len(wanted), envs.num_envs)):
+        chunk = wanted[start : start + envs.num_envs]
+        filled = chunk + [chunk[0]] * (envs.num_envs - len(chunk))
+        batch = collect_rollouts(
+            envs,
+            policy,
+            seed=seed + 1000 * number,
+            options={"persona": filled},
+            deterministic=deterministic,
+            keep_tokens=False,
+        )
+        batches.append((batch, len(chunk)))
+    return _summary(batches, np.array(wanted), seed)
+
+
+def _summary(
+    batches: Sequence[tuple[RolloutBatch, int]], persona_E: np.ndarray, seed: int
+) -> Evaluation:
+    num_turns = max(batch.reward_BT.shape[1] for batch, _ in batches)
+
+    def gather(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        rows = [
+            np.pad(
+                array[:kept].astype(float),
+                ((0, 0), (0, num_turns - array.shape[1])),
+                constant_values=np.nan,
+            )
+            for array, (_, kept) in zip(arrays, batches, strict=True)
+        ]
+        return np.concatenate(rows)
+
+    reward_ET = gather([np.where(b.alive_BT, b.reward_BT, np.nan) for b, _ in batches])
+    columns = {"reward": _row_means(reward_ET), "drift": drift_slopes(reward_ET)}
+    for name in batches[0][0].part_BT:
+        columns[name] = _row_means(gather([b.part_BT[name] for b, _ in batches]))
+    if "well_formed" in columns:
+        columns["degenerate_rate"] = 1.0 - columns.pop("well_formed")
+
+    names, by_persona = np.unique(persona_E, return_inverse=True)
+    means = {name: _group_means(column, by_persona) for name, column in columns.items()}
+    kept = [(b, row) for b, number in batches for row in range(number)]
+    return Evaluation(
+        metrics={name: bootstrap_mean(column, seed) for name, column in means.items()},
+        reward_T=_row_means(reward_ET.T),
+        persona_reward=dict(zip(names.tolist(), means["reward"].tolist(), strict=True)),
+        transcripts=[b.transcripts[row] for b, row in kept],
+        transcript_rewards=[b.reward_BT[row][b.alive_BT[row]].tolist() for b, row in kept],
+        num_tokens=sum(b.num_tokens for b, _ in batches),
+        seconds=sum(b.seconds for b, _ in batches),
+    )
+
+
+def bootstrap_mean(value_P: np.ndarray, seed: int = 0, level: float = 0.95) -> Estimate:
+    """Return the mean of one value a persona with its percentile-bootstrap interval.
+
+    Personas without a value (NaN) are left out; with fewer than two there is no interval (NaN).
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
+    """
+    value_P = value_P[~np.isnan(value_P)]
+    if len(value_P) < 2:
+        mean = float(value_P[0]) if len(value_P) else float("nan")
+        return Estimate(mean, float("nan"), float("nan"))
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(value_P), size=(NUM_RESAMPLES, len(value_P)))
+    tail = 50 * (1 - level)
+    low, high = np.percentile(value_P[drawn].mean(axis=1), [tail, 100 - tail])
+    return Estimate(float(value_P.mean()), float(low), float(high))
+
+
+def paired_difference(
+    first: Mapping[str, float], second: Mapping[str, float], seed: int = 0
+) -> Estimate:
+    """Return mean(first - second) over the personas both have, with its bootstrap interval."""
+    shared = sorted(first.keys() & second.keys())
+    if not shared:
+        raise ValueError("The two evaluations share no persona; nothing can be paired.")
+    return bootstrap_mean(np.array([first[p] - second[p] for p in shared]), seed)
+
+
+def drift_slopes(reward_ET: np.ndarray) -> np.ndarray:
+    """Return the least-squares slope of each episode's reward over its turns, reward per turn.
+
+    NaN entries are left out; an episode with fewer than two scored turns has slope NaN.
+    """
+    scored_ET = ~np.isnan(reward_ET)
+    count_E = scored_ET.sum(axis=1)
+    turn_ET = np.where(scored_ET, np.arange(reward_ET.shape[1]), 0.0)
+    filled_ET = np.where(scored_ET, reward_ET, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centred_ET = np.where(scored_ET, turn_ET - (turn_ET.sum(axis=1) / count_E)[:, None], 0.0)
+        slope_E = (centred_ET * filled_ET).sum(axis=1) / (centred_ET**2).sum(axis=1)
+    return np.where(count_E >= 2, slope_E, np.nan)
+
+
+def _row_means(value_EX: np.ndarray) -> np.ndarray:
+    counted_EX = ~np.isnan(value_EX)
+    with np.errstate(invalid="ignore"):
+        return np.where(counted_EX, value_EX, 0.0).sum(axis=1) / counted_EX.sum(axis=1)
+
+
+def _group_means(value_E: np.ndarray, group_E: np.ndarray) -> np.ndarray:
+    counted_E = ~np.isnan(value_E)
+    total = np.bincount(group_E, weights=np.where(counted_E, value_E, 0.0))
+    with np.errstate(invalid="ignore"):
+        return total / np.bincount(group_E, weights=counted_E)

@@ -1,0 +1,204 @@
+"""Results of a comparison as a table, as plots and as transcripts a person can read.
+
+The only file that knows matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .compare import UNTRAINED, Cell, CompareConfig
+from .evaluate import Estimate, paired_difference
+from .runs import read_metrics, read_transcripts
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+COLUMNS = (
+    "reward/turn",
+    "prompt_to_line",
+    "line_to_line",
+    "domain part",
+    "degenerate",
+    "drift/turn",
+    "seconds",
+    "tokens/s",
+)
+Results = Mapping[Cell, Mapping[str, Any]]
+
+
+def table_rows(results: Results) -> list[tuple[str, ...]]:
+    """Return (domain, method, *COLUMNS) as text, one row a cell; means with 95 % intervals."""
+    rows = []
+    for cell, result in results.items():
+        metrics = {name: Estimate(**value) for name, value in result["metrics"].items()}
+        known = {"reward", "drift", "prompt_to_line", "line_to_line", "degenerate_rate"}
+        own = next((name for name in metrics if name not in known), None)
+        speed = result["tokens_per_second"]
+        rows.append(
+            (
+                cell.domain,
+                cell.method,
+                str(metrics["reward"]),
+                str(metrics.get("prompt_to_line", "")),
+                str(metrics.get("line_to_line", "")),
+                "" if own is None else f"{own} {metrics[own]}",
+                f"{metrics['degenerate_rate'].mean:.3f}" if "degenerate_rate" in metrics else "",
+                f"{metrics['drift'].mean:+.3f} [{metrics['drift'].low:+.3f}, {metrics['drift'].high:+.3f}]",
+                f"{result['train_seconds']:.0f}",
+                "" if speed is None else f"{speed:,.0f}",
+            )
+        )
+    return rows
+
+
+def markdown_table(results: Results) -> str:
+    """Return the table in Markdown."""
+    header = ("domain", "method", *COLUMNS)
+    rows = [header, tuple("---" for _ in header), *table_rows(results)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def findings(results: Results) -> list[str]:
+    """Return, per domain, which method leads, by how much, and whether the intervals separate."""
+    sentences = []
+    for domain in dict.fromkeys(cell.domain for cell in results):
+        here = {c.method: r for c, r in results.items() if c.domain == domain}
+        trained = {m: r for m, r in here.items() if m != UNTRAINED}
+        if not trained:
+            continue
+        ranked = sorted(trained, key=lambda m: -trained[m]["metrics"]["reward"]["mean"])
+        best = ranked[0]
+        sentence = f"{domain}: {best} leads"
+        if UNTRAINED in here:
+            gain = _difference(here[best], here[UNTRAINED])
+            sentence += f", {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over untrained"
+        if len(ranked) > 1:
+            gap = _difference(here[best], here[ranked[1]])
+            verdict = "separated" if gap.low > 0 else "not separated"
+            sentence += (
+                f"; {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] over {ranked[1]} ({verdict})"
+            )
+        sentences.append(sentence)
+    return sentences
+
+
+def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Estimate:
+    return paired_difference(first["persona_reward"], second["persona_reward"])
+
+
+def save_report(results: Results, c: CompareConfig) -> list[Path]:
+    """Write table, findings, plots and transcripts to the run folder; return their paths."""
+    run = Path(c.run)
+    table = run / "table.md"
+    notes = [f"- {sentence}" for sentence in findings(results)]
+    settings = (
+        f"{c.updates} updates x {c.episodes} dialogues x {c.max_turns} turns a method, seed {c.seed}, "
+        f"noise {c.noise}; 95 % intervals bootstrapped over held-out personas."
+    )
+    table.write_text(
+        f"{markdown_table(results)}\n{settings}\n\n" + "\n".join(notes) + "\n", encoding="utf-8"
+    )
+    drift, curves = run / "drift.png", run / "learning_curves.png"
+    drift_figure(results).savefig(drift, dpi=150)
+    learning_figure(results, c).savefig(curves, dpi=150)
+    transcripts = run / "transcripts.md"
+    transcripts.write_text(before_after(results, c), encoding="utf-8")
+    return [table, drift, curves, transcripts]
+
+
+def drift_figure(results: Results) -> Figure:
+    """Return mean reward against the turn of the dialogue, one panel a domain: the drift."""
+    figure, axes = _panels(results, "mean reward")
+    for domain, axis in axes.items():
+        for number, (cell, result) in enumerate(_of(results, domain)):
+            turns = range(1, len(result["reward_T"]) + 1)
+            axis.plot(turns, result["reward_T"], label=cell.method, **_style(number))
+        axis.set_xlabel("turn of the dialogue")
+        axis.set_ylim(0, 1)
+    _legend(figure, axes)
+    figure.suptitle("Reward per turn on held-out personas")
+    return figure
+
+
+def learning_figure(results: Results, c: CompareConfig) -> Figure:
+    """Return mean reward in training against turns learned from, one panel a domain."""
+    figure, axes = _panels(results, "mean reward in training")
+    for domain, axis in axes.items():
+        for number, (cell, result) in enumerate(_of(results, domain)):
+            if cell.method == UNTRAINED:
+                level = result["metrics"]["reward"]["mean"]
+                axis.axhline(level, color=_COLOURS[0], linestyle=":", label=cell.method)
+                continue
+            rows = read_metrics(cell.folder(c))
+            turns = [row["time/total_timesteps"] for row in rows]
+            rewards = [row["rollout/turn_rew_mean"] for row in rows]
+            axis.plot(turns, rewards, label=cell.method, markevery=5, **_style(number))
+        axis.set_xlabel("turns learned from")
+        axis.set_ylim(0, 1)
+    _legend(figure, axes)
+    figure.suptitle("Learning curves")
+    return figure
+
+
+def before_after(results: Results, c: CompareConfig, dialogues: int = 2) -> str:
+    """Return the first held-out dialogues of each domain before and after training, in Markdown.
+
+    "After" is the domain's best method. Chosen by position, not by how well they read.
+    """
+    parts = ["# Dialogues before and after training\n"]
+    for domain in dict.fromkeys(cell.domain for cell in results):
+        here = [(cell, result) for cell, result in results.items() if cell.domain == domain]
+        trained = [pair for pair in here if pair[0].method != UNTRAINED]
+        best = max(trained, key=lambda pair: pair[1]["metrics"]["reward"]["mean"], default=None)
+        shown = [cell for cell, _ in here if cell.method == UNTRAINED] + ([best[0]] if best else [])
+        for number in range(dialogues):
+            for cell in shown:
+                record = read_transcripts(cell.folder(c))[number]
+                parts.append(f"## {domain}, dialogue {number + 1}, {cell.method}\n")
+                parts.append(_dialogue(record["messages"], record["rewards"]))
+    return "\n".join(parts)
+
+
+def _dialogue(messages: Sequence[Mapping[str, str]], rewards: Sequence[float]) -> str:
+    lines, turn = [], 0
+    for message in messages:
+        text = message["content"].replace("\n", " ")
+        if message["role"] == "assistant":
+            lines.append(f"- **agent** ({rewards[turn]:.2f}): {text}")
+            turn += 1
+        else:
+            speaker = {"system": "persona", "user": "partner"}[message["role"]]
+            lines.append(f"- {speaker}: {text}")
+    return "\n".join(lines) + "\n"
+
+
+def _panels(results: Results, ylabel: str) -> tuple[Figure, dict[str, Axes]]:
+    domains = list(dict.fromkeys(cell.domain for cell in results))
+    figure = Figure(figsize=(4.2 * len(domains), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
+    axes = dict(zip(domains, panels, strict=True))
+    for domain, axis in axes.items():
+        axis.set_title(domain)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel(ylabel)
+    return figure, axes
+
+
+def _of(results: Results, domain: str) -> list[tuple[Cell, Mapping[str, Any]]]:
+    return [(cell, result) for cell, result in results.items() if cell.domain == domain]
+
+
+def _style(number: int) -> dict[str, Any]:
+    style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+    return {**style, "markersize": 4, "linestyle": ":" if number == 0 else "-"}
+
+
+def _legend(figure: Figure, axes: Mapping[str, Axes]) -> None:
+    handles, labels = next(iter(axes.values())).get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
