@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -106,18 +104,19 @@ def demo(c: CompareConfig) -> None:
     console.print(f"{time.perf_counter() - started:.0f} s in all")
 
 
+def train_agent(c: TrainConfig) -> None:
+    """Train one agent into a run folder."""
+    ppg_env.get_domain(c.domain)
+    train(c)
+    console.print(f"The agent is in {c.run}/agent")
+
+
 def evaluate_agent(c: EvaluateConfig) -> None:
     """Evaluate a saved agent, "nano" or any Hugging Face model folder; print the metrics."""
     from .evaluate import evaluate_policy
     from .ppg import load_policy
 
-    if c.agent != "nano" and not Path(c.agent).exists():
-        near = difflib.get_close_matches(c.agent, ["nano"], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"Unknown agent {c.agent!r}.{hint} There are 'nano' and folders such as "
-            "runs/train/agent, written by ppg train."
-        )
+    policy = load_policy(c.agent)
     envs = gym.make_vec(
         "PersonaDialogue-v0",
         num_envs=32,
@@ -128,7 +127,7 @@ def evaluate_agent(c: EvaluateConfig) -> None:
     )
     found = evaluate_policy(
         envs,
-        load_policy(c.agent),
+        policy,
         episodes_per_persona=c.episodes,
         seed=c.seed,
         deterministic=c.deterministic,
@@ -173,7 +172,7 @@ def play(c: PlayConfig) -> None:
             f"{name} {'-' if value is None else f'{value:.2f}'}"
             for name, value in info["reward_parts"].items()
         )
-        colour = "green" if reward >= 0.5 else "red"
+        colour = "green" if float(reward) >= 0.5 else "red"
         console.print(
             f"   {reward:.2f}  {info['reason']}  ({parts})", style=colour, markup=False
         )
@@ -205,14 +204,14 @@ def main() -> None:
         prog="ppg",
         description="Partial policy gradients for persona dialogues.",
     )
-    commands = {CompareConfig: demo, EvaluateConfig: evaluate_agent, PlayConfig: play}
+    commands: dict[type, Callable[[Any], None]] = {
+        CompareConfig: demo,
+        TrainConfig: train_agent,
+        EvaluateConfig: evaluate_agent,
+        PlayConfig: play,
+    }
     try:
-        if isinstance(config, TrainConfig):
-            ppg_env.get_domain(config.domain)
-            train(config)
-            console.print(f"The agent is in {config.run}/agent")
-        else:
-            commands[type(config)](config)
+        commands[type(config)](config)
     except (ValueError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)

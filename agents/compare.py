@@ -21,7 +21,7 @@ import gymnasium as gym
 
 from .credit import parse_credit
 from .evaluate import Evaluation, evaluate_policy
-from .ppg import PPGAgent, load_policy
+from .ppg import PPGAgent, check_model_name, load_policy
 from .runs import RunFolder, read_metrics
 
 UNTRAINED = "untrained"
@@ -77,8 +77,9 @@ def cells(c: CompareConfig) -> list[Cell]:
     """Return all cells, the untrained model of each domain first.
 
     Raises:
-        ValueError: for a method that is no credit; lists what exists.
+        ValueError: for a method that is no credit, or a model that does not exist; lists what does.
     """
+    check_model_name(c.model)
     for method in c.methods:
         parse_credit(method)
     return [Cell(domain, method) for domain in c.domains for method in (UNTRAINED, *c.methods)]
@@ -91,7 +92,7 @@ def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
         return folder.result
     folder.restart()
 
-    settings = {"domain": cell.domain, "noise": c.noise, "max_turns": c.max_turns}
+    settings: dict[str, Any] = {"domain": cell.domain, "noise": c.noise, "max_turns": c.max_turns}
     policy = load_policy(c.model)
     seconds, num_timesteps = 0.0, 0
     if cell.method != UNTRAINED:

@@ -87,13 +87,13 @@ def evaluate_policy(
         )
     wanted = ids * episodes_per_persona
     batches: list[tuple[RolloutBatch, int]] = []
-    for number, start in enumerate(range(0, len(wanted), envs.num_envs)):
+    for start in range(0, len(wanted), envs.num_envs):
         chunk = wanted[start : start + envs.num_envs]
         filled = chunk + [chunk[0]] * (envs.num_envs - len(chunk))
         batch = collect_rollouts(
             envs,
             policy,
-            seed=seed + 1000 * number,
+            seed=seed + start,
             options={"persona": filled},
             deterministic=deterministic,
             keep_tokens=False,

@@ -10,6 +10,7 @@ policy-gradient step. Source: "Partial Policy Gradients for RL in LLMs", arXiv 2
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -27,12 +28,13 @@ from .credit import (
     Greedy,
     KStep,
     Segment,
+    Subset,
     advantages,
     credit_weights,
     parse_credit,
     partial_returns,
 )
-from .lm_policy import LMPolicy, microbatches
+from .lm_policy import Conversation, LMPolicy, microbatches
 from .losses import kl_to_reference, policy_gradient_loss
 from .policy import Messages
 from .rollout import RolloutBatch, collect_rollouts
@@ -91,7 +93,10 @@ class PPGAgent:
     ) -> None:
         self.credit = parse_credit(credit) if isinstance(credit, str) else credit
         self.env = _checked_env(env, group_size, baseline)
-        self.policy = policy if isinstance(policy, LMPolicy) else load_policy(policy)
+        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) if seed is None else seed
+        self.policy = (
+            policy if isinstance(policy, LMPolicy) else load_policy(policy, seed=self.seed)
+        )
         self.settings: dict[str, Any] = {
             "learning_rate": learning_rate,
             "group_size": group_size,
@@ -101,7 +106,6 @@ class PPGAgent:
             "max_grad_norm": max_grad_norm,
             "token_budget": token_budget,
         }
-        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) if seed is None else seed
         self.optimizer = torch.optim.AdamW(
             self.policy.model.parameters(), lr=learning_rate, weight_decay=0.0
         )
@@ -116,7 +120,7 @@ class PPGAgent:
         """Learn from at least `total_timesteps` further turns (1 timestep = 1 turn).
 
         Raises:
-            ValueError: without an environment.
+            ValueError: without an environment, or if the model's context holds no reply at all.
         """
         if self.env is None:
             raise ValueError("This agent has no environment to learn in; set agent.env first.")
@@ -124,6 +128,11 @@ class PPGAgent:
         with tqdm(total=total_timesteps, unit="turn", disable=not progress_bar) as bar:
             while self.num_timesteps < goal:
                 batch = self.collect()
+                if batch.num_turns == 0:
+                    raise ValueError(
+                        f"No dialogue leaves room for a reply in the context of {self.policy.name}; "
+                        "use a model with a longer context."
+                    )
                 advantage_BT = self.credited(batch)
                 measured = self.update(batch, advantage_BT)
                 self._record(batch, measured)
@@ -149,7 +158,7 @@ class PPGAgent:
     def credited(self, batch: RolloutBatch) -> np.ndarray:
         """Return advantage_BT: each turn's partial return minus its baseline."""
         num_turns = batch.reward_BT.shape[1]
-        longest = max(num_turns, int(getattr(self.env.unwrapped, "max_turns", num_turns)))
+        longest = max(num_turns, _max_turns(self.env))
         weight_TT = credit_weights(
             self.credit, longest, batch.boundaries, scale=self.settings["scale"]
         )[:num_turns, :num_turns]
@@ -193,7 +202,7 @@ class PPGAgent:
                 )
                 kl_sum += kl.item()
                 loss = loss + self.settings["kl_coef"] * kl
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.model.parameters(), self.settings["max_grad_norm"]
         )
@@ -213,7 +222,7 @@ class PPGAgent:
         self.log = {
             "time/total_timesteps": self.num_timesteps,
             "rollout/ep_rew_mean": float(np.nansum(reward_BT, axis=1).mean()),
-            "rollout/turn_rew_mean": float(np.nanmean(reward_BT)),
+            "rollout/turn_rew_mean": _mean(reward_BT),
             "rollout/cut_rate": float(batch.cut_BT[batch.alive_BT].mean()),
             "judge/unscorable_rate": float(np.isnan(batch.reward_BT[batch.alive_BT]).mean()),
             **measured,
@@ -222,7 +231,7 @@ class PPGAgent:
         }
         if "well_formed" in batch.part_BT:
             formed_BT = batch.part_BT["well_formed"][batch.alive_BT]
-            self.log["judge/degenerate_rate"] = 1.0 - float(np.nanmean(formed_BT))
+            self.log["judge/degenerate_rate"] = 1.0 - _mean(formed_BT)
         self.history.append(self.log)
 
     def predict(
@@ -233,6 +242,10 @@ class PPGAgent:
             return self.policy.predict_batch(observation, deterministic), None  # type: ignore[arg-type]
         return self.policy.predict(observation, deterministic)  # type: ignore[arg-type]
 
+    def begin(self, batch_size: int, rngs: Sequence[np.random.Generator]) -> Conversation:
+        """Speak for many dialogues at once, as `collect_rollouts` and `evaluate_policy` ask for."""
+        return self.policy.begin(batch_size, rngs)
+
     def save(self, path: str | Path) -> None:
         """Write model, tokenizer and settings to the folder `path`; weights as safetensors.
 
@@ -241,11 +254,12 @@ class PPGAgent:
         folder = Path(path)
         self.policy.save(folder)
         record = {
-            "credit": str(self.credit),
+            "credit": self.credit.matrix if isinstance(self.credit, Subset) else str(self.credit),
             "seed": self.seed,
             "num_timesteps": self.num_timesteps,
             "num_updates": self.num_updates,
             "max_new_tokens": self.policy.max_new_tokens,
+            "temperature": self.policy.temperature,
             "settings": self.settings,
         }
         (folder / _SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -266,8 +280,20 @@ class PPGAgent:
                 "A plain Hugging Face model becomes an agent with PPGAgent(path, env, credit=...)."
             )
         record = json.loads(file.read_text(encoding="utf-8"))
-        policy = LMPolicy.from_pretrained(path, max_new_tokens=record["max_new_tokens"])
-        agent = PPGAgent(policy, env, record["credit"], seed=record["seed"], **record["settings"])
+        policy = LMPolicy.from_pretrained(
+            path,
+            max_new_tokens=record["max_new_tokens"],
+            temperature=record["temperature"],
+            seed=record["seed"],
+        )
+        credit = record["credit"]
+        agent = PPGAgent(
+            policy,
+            env,
+            credit if isinstance(credit, str) else Subset(credit),
+            seed=record["seed"],
+            **record["settings"],
+        )
         agent.num_timesteps, agent.num_updates = record["num_timesteps"], record["num_updates"]
         return agent
 
@@ -308,11 +334,40 @@ class SegmentAgent(PPGAgent):
         super().__init__(policy, env, Segment(length=length, boundaries=cuts), **settings)
 
 
-def load_policy(policy: str | Path, max_new_tokens: int | None = None) -> LMPolicy:
-    """Return the LMPolicy of "nano", or of the folder or name of a Hugging Face model."""
+def load_policy(
+    policy: str | Path, max_new_tokens: int | None = None, seed: int | None = None
+) -> LMPolicy:
+    """Return the LMPolicy of "nano", or of the folder or name of a Hugging Face model.
+
+    Raises:
+        ValueError: if there is no such model; says what there is and suggests the nearest.
+    """
     if str(policy) == "nano":
-        return LMPolicy.from_pretrained(NANO, max_new_tokens=max_new_tokens or 32)
-    return LMPolicy.from_pretrained(policy, max_new_tokens=max_new_tokens or 64)
+        return LMPolicy.from_pretrained(NANO, max_new_tokens=max_new_tokens or 32, seed=seed)
+    check_model_name(policy)
+    return LMPolicy.from_pretrained(policy, max_new_tokens=max_new_tokens or 64, seed=seed)
+
+
+def check_model_name(policy: str | Path) -> None:
+    """Refuse what can be neither "nano" nor a folder nor a Hugging Face name; loads nothing.
+
+    A slip such as "nanoo" is refused here: asking Hugging Face for it takes long, offline a minute.
+
+    Raises:
+        ValueError: says what there is and suggests the nearest.
+    """
+    name = str(policy)
+    if name == "nano" or Path(policy).is_dir():
+        return
+    near = difflib.get_close_matches(name, ["nano"], n=1)
+    is_path = isinstance(policy, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))
+    if near or is_path or name.startswith("runs/"):
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"Unknown agent or model {name!r}.{hint} There are 'nano' (bundled), folders such as "
+            "runs/train/agent (written by ppg train and PPGAgent.save; this one does not exist), "
+            "and Hugging Face names such as 'org/model'."
+        )
 
 
 def _checked_env(env: Any, group_size: int, baseline: str) -> Any:
@@ -330,6 +385,20 @@ def _checked_env(env: Any, group_size: int, baseline: str) -> Any:
             "A leave-one-out baseline needs peers: use an env with num_envs > 1 or baseline='none'."
         )
     return env
+
+
+def _max_turns(env: gym.vector.VectorEnv[Any, Any, Any] | None) -> int:
+    """Return how many turns a dialogue of `env` can have, 0 where it does not tell."""
+    plain: Any = None if env is None else env.unwrapped
+    if isinstance(plain, gym.vector.SyncVectorEnv):
+        plain = plain.envs[0].unwrapped
+    return int(getattr(plain, "max_turns", 0))
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of what is not NaN; NaN if nothing is."""
+    scored = values[~np.isnan(values)]
+    return float(scored.mean()) if len(scored) else float("nan")
 
 
 def _has_groups(env: gym.vector.VectorEnv[Any, Any, Any]) -> bool:

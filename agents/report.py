@@ -34,7 +34,7 @@ Results = Mapping[Cell, Mapping[str, Any]]
 
 def table_rows(results: Results) -> list[tuple[str, ...]]:
     """Return (domain, method, *COLUMNS) as text, one row a cell; means with 95 % intervals."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for cell, result in results.items():
         metrics = {name: Estimate(**value) for name, value in result["metrics"].items()}
         known = {"reward", "drift", "prompt_to_line", "line_to_line", "degenerate_rate"}
@@ -157,9 +157,10 @@ def before_after(results: Results, c: CompareConfig, dialogues: int = 2) -> str:
         trained = [pair for pair in here if pair[0].method != UNTRAINED]
         best = max(trained, key=lambda pair: pair[1]["metrics"]["reward"]["mean"], default=None)
         shown = [cell for cell, _ in here if cell.method == UNTRAINED] + ([best[0]] if best else [])
-        for number in range(dialogues):
+        records = {cell: read_transcripts(cell.folder(c))[:dialogues] for cell in shown}
+        for number in range(min(map(len, records.values()), default=0)):
             for cell in shown:
-                record = read_transcripts(cell.folder(c))[number]
+                record = records[cell][number]
                 parts.append(f"## {domain}, dialogue {number + 1}, {cell.method}\n")
                 parts.append(_dialogue(record["messages"], record["rewards"]))
     return "\n".join(parts)

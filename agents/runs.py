@@ -49,7 +49,7 @@ class RunFolder:
             raise PermissionError(f"Cannot write to {self.path}; choose another run folder.")
         settings = json.loads(json.dumps(settings))
         manifest = self._read(MANIFEST)
-        if manifest is None and any(self.path.iterdir()):
+        if manifest is None and any(file.suffix != ".part" for file in self.path.iterdir()):
             raise FileExistsError(
                 f"{self.path} is not empty and holds no run; choose a new or empty folder."
             )

@@ -50,10 +50,6 @@ class TrainConfig:
 
 def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     """Train an agent; it is saved in RUN/agent, also when learning is interrupted by Ctrl-C."""
-    folder = RunFolder(c.run, {name: v for name, v in asdict(c).items() if name != "run"})
-    if folder.result is not None:
-        raise FileExistsError(f"{c.run} holds a finished run; choose another folder.")
-    folder.restart()
     envs = gym.make_vec(
         ENV_ID,
         num_envs=c.episodes,
@@ -63,7 +59,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         noise=c.noise,
     )
     agent = PPGAgent(
-        load_policy(c.model, c.max_new_tokens),
+        load_policy(c.model, c.max_new_tokens, c.seed),
         envs,
         c.credit,
         learning_rate=c.learning_rate,
@@ -71,6 +67,10 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         kl_coef=c.kl_coef,
         seed=c.seed,
     )
+    folder = RunFolder(c.run, {name: v for name, v in asdict(c).items() if name != "run"})
+    if folder.result is not None:
+        raise FileExistsError(f"{c.run} holds a finished run; choose another folder.")
+    folder.restart()
     try:
         agent.learn(
             c.total_timesteps,

@@ -2,15 +2,16 @@
 
     python -m benchmarks.env_speed
 
-What is measured: `reset` and `step` with all they return, over whole dialogues, in CPU seconds of this one
-process, so that other work on the machine disturbs little. What is not: the agent. Its lines are recorded
-beforehand by the domain's own speaker, which performs random acts as the personas of the dialogues.
+What is measured: `reset` and `step` with all they return, over whole dialogues, in CPU seconds of
+this one process, so that other work on the machine disturbs little. What is not: the agent. Its
+lines are recorded beforehand by the domain's own speaker, which performs random acts.
 
-The environments remember what they have read. So that no pass lives on an earlier one's memory, everything
-remembered is forgotten before every timed pass and every pass has a new environment. Two kinds of lines:
+The environments remember what they have read. So that no pass lives on an earlier one's memory,
+everything is forgotten before every timed pass and every pass has a new environment. Two kinds of
+lines:
 
-    spoken    the recorded lines as they are: templates, so some come back in other dialogues and are
-              found in memory, as with any agent that has learned to speak in the same few ways;
+    spoken    the recorded lines as they are: templates, so some come back in other dialogues and
+              are found in memory, as with any agent that has learned to speak in few ways;
     unique    each line made different from all others by a number word, so every one is read anew:
               the worst case.
 """
@@ -34,7 +35,7 @@ ENV_ID = "PersonaDialogue-v0"
 
 @dataclass(frozen=True)
 class Recording:
-    """The lines of `num_batches` batches of dialogues: line_BTN[batch][turn][slot]; batch b has seed seeds[b]."""
+    """What agents say in batches of dialogues: lines[batch][turn][slot]; a seed for each batch."""
 
     domain: str
     seeds: tuple[int, ...]
@@ -91,26 +92,25 @@ def play_single(recording: Recording) -> None:
 
 def turns_per_second(play: Callable[[Recording], None], recording: Recording) -> float:
     """Return the speed of one pass from a cold start."""
-    DOMAINS[recording.domain].forget()
+    for domain in DOMAINS.values():
+        domain.forget()
     start = time.process_time()
     play(recording)
     return recording.num_turns / (time.process_time() - start)
-
-
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="Turns per second of PersonaDialogue-v0.")
     parser.add_argument("--num-envs", type=int, default=64, help="dialogues in a batch")
-    parser.add_argument("--batches", type=int, default=8, help="batches in one pass")
-    parser.add_argument("--repeats", type=int, default=5, help="passes; the median is shown")
+    parser.add_argument("--batches", type=int, default=24, help="batches in one pass")
+    parser.add_argument("--repeats", type=int, default=3, help="passes; the median is shown")
     args = parser.parse_args()
 
     turns = args.num_envs * args.batches * 8
     print(
-        f"turns per CPU second on one core: median of {args.repeats} cold passes over {turns} turns "
-        f"(slowest - fastest), vector environment of {args.num_envs}"
+        f"turns per CPU second on one core: median of {args.repeats} cold passes over {turns} "
+        f"turns (slowest-fastest), vector environment of {args.num_envs}"
     )
     print(f"{'domain':<10} {'lines':<7} {'vector':>24} {'single':>24} {'single/vector':>14}")
     for domain in DOMAINS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = dict[str, str]
 """One chat message: {"role": "system" | "user" | "assistant", "content": text}."""
@@ -56,8 +56,7 @@ class Persona:
         return Persona, state
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One turn: the partner's line that opened it and the agent's reply."""
 
     partner: str
@@ -132,7 +131,15 @@ def turns_from_messages(history: Sequence[Mapping[str, str]]) -> tuple[tuple[Tur
     Raises:
         ValueError: names the position where the alternation breaks or a content is no text.
     """
+    if isinstance(history, (str, Mapping)) or not isinstance(history, Sequence):
+        raise ValueError(f"history is a list of chat messages, got {history!r:.80}")
     messages = list(history)
+    for position, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"history[{position}] is a message like "
+                f'{{"role": "user", "content": "Hello!"}}, got {message!r:.80}'
+            )
     offset = 1 if messages and messages[0].get("role") == "system" else 0
     spoken = messages[offset:]
     for position, message in enumerate(spoken):

@@ -155,7 +155,7 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
         info = self.world.start_info(self._dialogue) if not snapshot.over else {}
         return self.world.observe(self._dialogue), info
 
-    def render(self) -> str | None:  # type: ignore[override]
+    def render(self) -> str | None:
         """Return the transcript with rewards ("ansi"); "human" prints as the dialogue goes on."""
         if self.render_mode == "ansi":
             return "\n".join(self._rendered_lines(colour=False)) + "\n"

@@ -74,7 +74,9 @@ class ScriptedPartner:
     def _opening(self, transcript: Transcript, rng: np.random.Generator) -> str:
         by_name, facts = self.domain.by_name, transcript.persona.facts
         spoken = {name: by_name[name].values[value][0] for name, value in facts.items()}
-        return choose(rng, self.domain.openings).format(**spoken)
+        unknown = [f"{{{name}}}" for name in by_name if name not in facts]
+        fitting = [o for o in self.domain.openings if not any(name in o for name in unknown)]
+        return choose(rng, fitting or ("Hello!",)).format(**spoken)
 
     def _next_line(self, transcript: Transcript, rng: np.random.Generator) -> str:
         if self.patience is not None and self._out_of_patience(transcript):
@@ -89,7 +91,7 @@ class ScriptedPartner:
         if self.domain.follow_rate < 1.0 or rng.random() >= self.tempt_rate:
             return line
         picked_up = attribute.phrase("Oh, {v}!", followed.value)
-        return f"{picked_up} {self._tempt(transcript, rng)}"
+        return f"{picked_up} {self._tempt(transcript, rng)}".rstrip()
 
     def _followed_claim(self, transcript: Transcript) -> Claim | None:
         """Return the claim of the last reply to follow up on: an unasked one before an asked one."""
@@ -109,8 +111,9 @@ class ScriptedPartner:
         return claims[0] if claims and self.domain.follow_rate < 1.0 else None
 
     def _question(self, transcript: Transcript, rng: np.random.Generator) -> str:
-        if rng.random() < self.tempt_rate:
-            return self._tempt(transcript, rng)
+        leading = self._tempt(transcript, rng) if rng.random() < self.tempt_rate else ""
+        if leading:
+            return leading
         asked = "\n".join([turn.partner for turn in transcript.turns])
         if self.domain.open_questions:
             fresh = [q for q in self.domain.open_questions if q not in asked]
@@ -120,11 +123,14 @@ class ScriptedPartner:
         return choose(rng, fresh or attribute.asked)
 
     def _tempt(self, transcript: Transcript, rng: np.random.Generator) -> str:
-        """Return a leading question that presupposes something false about the persona."""
+        """Return a leading question that presupposes something false, "" for want of a fact."""
         facts = transcript.persona.facts
         options = [a for a in self._phase_attributes(transcript) if a.tempted and a.name in facts]
         if not options:
             options = [a for a in self.domain.attributes if a.tempted and a.name in facts]
+        options = [a for a in options if len(a.values) > 1]
+        if not options:
+            return ""
         attribute = choose(rng, options)
         false = [value for value in attribute.values if value != facts[attribute.name]]
         return attribute.phrase(choose(rng, attribute.tempted), choose(rng, false))
@@ -137,7 +143,8 @@ class ScriptedPartner:
     def _fresh_attributes(self, transcript: Transcript) -> list[Attribute]:
         """Return what to ask about: this phase's attributes not yet asked, else any, else all again."""
         read, facts = self.domain.lexicon.read, transcript.persona.facts
-        askable = [a for a in self.domain.attributes if a.asked and a.name in facts]
+        askable = [a for a in self.domain.attributes if a.asked]
+        askable = [a for a in askable if a.name in facts] or askable
         asked = set().union(*(read(turn.partner).topics for turn in transcript.turns))
         now = {a.name for a in self._phase_attributes(transcript)}
         fresh = [a for a in askable if a.name not in asked]

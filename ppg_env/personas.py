@@ -181,7 +181,20 @@ def resolve_personas(
     for persona in chosen:
         if not isinstance(persona, Persona):
             raise TypeError(f"personas must hold Persona objects, got {persona!r:.80}")
+        check_facts(persona, domain)
     return chosen
+
+
+def check_facts(persona: Persona, domain: Domain) -> None:
+    """Check that the persona's facts are attributes and values of the domain.
+
+    Raises:
+        ValueError: names persona and field.
+    """
+    try:
+        _choices("facts", persona.facts, {a.name: tuple(a.values) for a in domain.attributes})
+    except ValueError as error:
+        raise ValueError(f"Persona {persona.id!r}, {error}") from None
 
 
 def find_persona(persona: str | Persona, known: Sequence[Persona]) -> Persona:

@@ -92,7 +92,7 @@ class PersonaDialogueVectorEnv(
         """Return the transcripts of all slots."""
         return [dialogue.transcript for dialogue in self._running()]
 
-    def reset(  # type: ignore[override]
+    def reset(
         self,
         *,
         seed: int | Sequence[int | None] | None = None,
@@ -124,7 +124,7 @@ class PersonaDialogueVectorEnv(
         )
         return self._observations(), infos
 
-    def step(  # type: ignore[override]
+    def step(
         self, actions: Sequence[str]
     ) -> tuple[tuple[Messages, ...], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Say one line in every running dialogue.
@@ -181,9 +181,10 @@ class PersonaDialogueVectorEnv(
 
     def _leaders(self, group_size: int) -> np.ndarray:
         """Return leader_N: the first slot of the group that each slot belongs to."""
-        if group_size < 1 or self.num_envs % group_size:
+        whole = isinstance(group_size, (int, np.integer))
+        if not whole or group_size < 1 or self.num_envs % group_size:
             raise ValueError(
-                f"options['group_size'] must divide num_envs={self.num_envs}, got {group_size}."
+                f"options['group_size'] must divide num_envs={self.num_envs}, got {group_size!r}."
             )
         slot_N = np.arange(self.num_envs)
         return slot_N - slot_N % group_size
@@ -219,14 +220,16 @@ class PersonaDialogueVectorEnv(
     def _per_slot(self, given: Any, one: tuple[type, ...], name: str) -> list[Any]:
         if given is None or isinstance(given, one):
             return [given] * self.num_envs
-        if len(given) != self.num_envs:
+        listed = isinstance(given, Sequence)
+        if not listed or len(given) != self.num_envs:
+            number = len(given) if listed else repr(given)
             raise ValueError(
-                f"options[{name!r}] is one for all or {self.num_envs} of them, got {len(given)}."
+                f"options[{name!r}] is one for all or {self.num_envs} of them, got {number}."
             )
         return list(given)
 
     def _histories(self, given: Any) -> list[Any]:
-        shared = given is not None and len(given) > 0 and isinstance(given[0], Mapping)
+        shared = isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping)
         return [given] * self.num_envs if shared else self._per_slot(given, (), "history")
 
     def _infos(self, by_slot: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

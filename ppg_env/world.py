@@ -18,7 +18,7 @@ from .dialogue import turns_from_messages
 from .domains import Domain, get_domain
 from .judges import Judge, RuleJudge
 from .partners import Partner, ScriptedPartner
-from .personas import find_persona, resolve_personas
+from .personas import check_facts, find_persona, resolve_personas
 from .spaces import DialogueMessages, Utterance
 
 
@@ -125,6 +125,8 @@ class World:
         rng = np.random.default_rng(seed)
         drawn = self.personas[int(rng.random() * len(self.personas))]
         persona = drawn if chosen is None else find_persona(chosen, self.personas)
+        if persona is chosen:
+            check_facts(persona, self.domain)
         turns: tuple[Turn, ...] = ()
         pending = None
         if history is not None:
@@ -214,7 +216,16 @@ class World:
         return Snapshot(dialogue.transcript, state, dialogue.seed, dialogue.over)
 
     def thaw(self, snapshot: Snapshot) -> Dialogue:
-        """Return a dialogue that goes on where the snapshot was taken."""
+        """Return a dialogue that goes on where the snapshot was taken.
+
+        Raises:
+            ValueError: for a snapshot of a world with another number of turns.
+        """
+        if snapshot.transcript.max_turns != self.max_turns:
+            raise ValueError(
+                f"The snapshot's dialogue has max_turns={snapshot.transcript.max_turns}, this "
+                f"environment has {self.max_turns}."
+            )
         rng = np.random.default_rng(0)
         rng.bit_generator.state = snapshot.rng_state
         return Dialogue(snapshot.transcript, rng, snapshot.seed, snapshot.over)

@@ -22,7 +22,7 @@ class DiscreteReply(gym.Wrapper[Messages, np.int64, Messages, str]):
     """
 
     def __init__(self, env: gym.Env[Messages, str]) -> None:
-        super().__init__(env)
+        super().__init__(env)  # type: ignore[arg-type]
         inner = env.unwrapped
         if not isinstance(inner, PersonaDialogueEnv):
             raise TypeError(f"DiscreteReply wraps PersonaDialogue-v0, got {type(inner).__name__}.")
@@ -46,4 +46,4 @@ class DiscreteReply(gym.Wrapper[Messages, np.int64, Messages, str]):
             raise ValueError(f"Invalid action {action!r}; there are {listed}.")
         act = self.acts[int(action)]
         line = self._inner.world.domain.speak(act, self._inner.transcript, self._rng)
-        return self.env.step(line)
+        return self.env.step(line)  # type: ignore[arg-type]

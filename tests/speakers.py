@@ -1,4 +1,4 @@
-"""Ways to speak in the embedded worlds: honest, random, and every way of cheating that the judge must see through."""
+"""Ways to speak in the embedded worlds: honest, at random, and cheats for the judge to find."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def list_facts_in_sentences(env: PersonaDialogueEnv, rng: np.random.Generator) -
     """Say all facts at once, in sentences, shuffled."""
     domain, persona = env.world.domain, env.transcript.persona
     attributes = [domain.by_name[name] for name in persona.facts]
-    said = [a.phrase(a.said[int(rng.integers(len(a.said)))], persona.facts[a.name]) for a in attributes]
+    said = [
+        a.phrase(a.said[int(rng.integers(len(a.said)))], persona.facts[a.name]) for a in attributes
+    ]
     return " ".join(said[i] for i in rng.permutation(len(said)))
 
 

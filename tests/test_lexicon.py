@@ -28,7 +28,7 @@ def understood(partner, agent, lexicon=CHATTING):
     return [str(c) for c in resolve_claims(lexicon.read(agent), lexicon.read(partner))]
 
 
-# ---- rule 1: whose claim it is ---------------------------------------------------------------------
+# ---- rule 1: whose claim it is -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,9 @@ def test_the_nearest_subject_decides():
     assert claims("My sister has a dog but I have a cat.") == ["pet=cat"]
 
 
-@pytest.mark.parametrize("line", ["I like catalogues.", "I am in the category.", "Dogma is bad.", "Nursery."])
+@pytest.mark.parametrize(
+    "line", ["I like catalogues.", "I am in the category.", "Dogma is bad.", "Nursery."]
+)
 def test_parts_of_words_are_no_values(line):
     assert claims(line) == []
 
@@ -93,7 +95,7 @@ def test_the_longest_form_is_read_first():
     assert claims("I am a fifth grader.", EDUCATION) == ["grade=five"]
 
 
-# ---- rule 2: negation ------------------------------------------------------------------------------
+# ---- rule 2: negation ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_idioms_that_only_look_like_negations_affirm(line, read):
     assert claims(line, THERAPY) == read
 
 
-# ---- rule 3: what is no claim ----------------------------------------------------------------------
+# ---- rule 3: what is no claim --------------------------------------------------------------------
 
 
 def test_a_question_is_no_claim_but_names_what_it_is_about():
@@ -215,20 +217,32 @@ def test_a_hypothetical_ends_with_its_clause():
     assert claims("I would love a dog, but I have a cat.") == ["pet=cat"]
 
 
-# ---- rule 4: assent and denial ---------------------------------------------------------------------
+# ---- rule 4: assent and denial -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "agent",
-    ["Yes.", "Yeah!", "Exactly, well seen.", "Of course.", "Absolutely right.", "I do.", "That's right."],
+    [
+        "Yes.",
+        "Yeah!",
+        "Exactly, well seen.",
+        "Of course.",
+        "Absolutely right.",
+        "I do.",
+        "That's right.",
+    ],
 )
 def test_assent_adopts_what_the_partner_presupposes(agent):
     assert understood("As a fellow dog owner, you must get up early, right?", agent) == ["pet=dog"]
 
 
-@pytest.mark.parametrize("agent", ["No.", "Nope!", "Not really.", "Not at all, sorry.", "No, never."])
+@pytest.mark.parametrize(
+    "agent", ["No.", "Nope!", "Not really.", "Not at all, sorry.", "No, never."]
+)
 def test_denial_denies_what_the_partner_presupposes(agent):
-    assert understood("As a fellow dog owner, you must get up early, right?", agent) == ["not pet=dog"]
+    assert understood("As a fellow dog owner, you must get up early, right?", agent) == [
+        "not pet=dog"
+    ]
 
 
 def test_what_the_line_itself_says_goes_before_assent_and_denial():
@@ -267,7 +281,7 @@ def test_assent_to_an_open_question_claims_nothing():
     assert understood("Do you have any pets?", "Yes.") == []
 
 
-# ---- every template reads as what it says ------------------------------------------------------------
+# ---- every template reads as what it says --------------------------------------------------------
 
 
 def templates(kind):
@@ -372,11 +386,11 @@ def test_distractions_are_read_as_such_before_any_question(name):
             assert not reading.about_listener
 
 
-# ---- the lexicon itself ------------------------------------------------------------------------------
+# ---- the lexicon itself --------------------------------------------------------------------------
 
 
 def test_one_form_cannot_stand_for_two_values():
-    with pytest.raises(ValueError, match="'cat' stands for both pet=cat and animal=cat"):
+    with pytest.raises(ValueError, match=r"'cat' stands for both pet=cat and animal=cat"):
         Lexicon({"pet": {"cat": ("cat",)}, "animal": {"cat": ("cat",)}})
 
 
@@ -398,7 +412,11 @@ def test_any_text_can_be_read(text):
     assert len(reading.claims) <= reading.mentions
 
 
-@given(st.lists(st.sampled_from('I you my " . ? ! , not cat dog she would but yes no Oslo\n'.split(" "))))
+@given(
+    st.lists(
+        st.sampled_from('I you my " . ? ! , not cat dog she would but yes no Oslo\n'.split(" "))
+    )
+)
 def test_any_order_of_meaningful_words_can_be_read(words):
     reading = CHATTING.read(" ".join(words))
     assert {c.attribute for c in reading.claims} <= reading.topics
@@ -406,6 +424,8 @@ def test_any_order_of_meaningful_words_can_be_read(words):
 
 
 def test_a_phrase_takes_the_article_its_word_needs():
-    job = Attribute("job", {"engineer": ("engineer",), "nurse": ("nurse",)}, "You are {a}.", ("I am {a}.",))
+    job = Attribute(
+        "job", {"engineer": ("engineer",), "nurse": ("nurse",)}, "You are {a}.", ("I am {a}.",)
+    )
     assert job.phrase("{a} I am.", "engineer") == "An engineer I am."
     assert job.phrase("i am {a}.", "nurse") == "I am a nurse."

@@ -20,7 +20,8 @@ from tiny_models import (
     tiny_tokenizer,
 )
 
-from agents.lm_policy import Conversation, LMPolicy, Tape, microbatches, sample_tokens
+from agents.decoding import sample_tokens
+from agents.lm_policy import Conversation, LMPolicy, Tape, microbatches
 
 CACHED = ["llama", "qwen2", "mistral", "mixed", "gemma2", "gpt2"]
 Chat = list[dict[str, str]]
@@ -186,7 +187,7 @@ def test_a_line_without_words_is_spoken_as_an_ellipsis() -> None:
     conversation = policy.begin(1)
     chat = openings(1)[0]
     assert conversation.reply([chat]) == ["..."]
-    assert conversation.reply([goes_on(chat, "", 0, 0)]) == [""]
+    assert conversation.reply([goes_on(chat, "...", 0, 0)]) == ["..."]
     tape = conversation.tape()
     assert (tape.turn_BL >= 0).sum(axis=1).tolist() == [2]
     assert not tape.cut_BT.any()

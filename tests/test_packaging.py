@@ -45,20 +45,22 @@ FLOORS = {
     "agents/losses": 6,
     "agents/policy": 6,
     "agents/runs": 6,
-    "agents/lm_policy": 7,
-    "agents/rollout": 7,
-    "agents/ppg": 8,
-    "agents/ppo": 8,
-    "agents/sb3": 8,
-    "agents/evaluate": 8,
-    "agents/diagnostics": 9,
-    "agents/compare": 9,
-    "agents/nano": 9,
-    "agents/train": 10,
-    "agents/report": 10,
-    "agents/cli": 11,
+    "agents/chat_format": 7,
+    "agents/decoding": 7,
+    "agents/lm_policy": 8,
+    "agents/rollout": 8,
+    "agents/ppg": 9,
+    "agents/ppo": 9,
+    "agents/sb3": 9,
+    "agents/evaluate": 9,
+    "agents/diagnostics": 10,
+    "agents/compare": 10,
+    "agents/nano": 10,
+    "agents/train": 11,
+    "agents/report": 11,
+    "agents/cli": 12,
 }
-TOP = 12  # a package's __init__ shows the public names of all its floors
+TOP = 13  # a package's __init__ shows the public names of all its floors
 
 # The only files of agents/ that know the worlds: the command line, and the script that makes the
 # tiny model's pre-training text out of their dialogues.

@@ -140,29 +140,33 @@ def test_a_line_that_is_no_json_object_is_named(tmp_path, line, named):
 
 
 def test_an_id_may_be_used_once(tmp_path):
-    with pytest.raises(PersonaFileError, match="line 2: field 'id': 'own-1' is used by an earlier"):
+    with pytest.raises(
+        PersonaFileError, match=r"line 2: field 'id': 'own-1' is used by an earlier"
+    ):
         load_personas(write(tmp_path / "own.jsonl", GOOD, GOOD), "therapy")
 
 
 def test_all_malformed_lines_are_reported_at_once(tmp_path):
     path = write(tmp_path / "own.jsonl", *(["{"] * 25), GOOD)
-    with pytest.raises(PersonaFileError, match="(?s)25 malformed line.*1 good one.*and 5 more") as caught:
+    with pytest.raises(
+        PersonaFileError, match=r"(?s)25 malformed line.*1 good one.*and 5 more"
+    ) as caught:
         load_personas(path, "therapy")
     assert len(caught.value.problems) == 25
 
 
 def test_a_file_without_personas_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no personas"):
+    with pytest.raises(ValueError, match=r"holds no personas"):
         load_personas(write(tmp_path / "own.jsonl", ""), "therapy")
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl"):
         load_personas(tmp_path / "nowhere.jsonl", "therapy")
 
 
 def test_an_unknown_way_of_handling_errors_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'raise' or 'skip', got 'ignore'"):
+    with pytest.raises(ValueError, match=r"'raise' or 'skip', got 'ignore'"):
         load_personas(write(tmp_path / "own.jsonl", GOOD), "therapy", on_error="ignore")
 
 

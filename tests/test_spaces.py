@@ -94,12 +94,12 @@ def test_message_samples_keep_to_a_small_limit(max_messages):
 
 @pytest.mark.parametrize("space", [Utterance(), DialogueMessages(10)])
 def test_sampling_refuses_what_it_would_ignore(space):
-    with pytest.raises(ValueError, match="mask"):
+    with pytest.raises(ValueError, match=r"mask"):
         space.sample(mask=np.ones(2, dtype=np.int8))
 
 
 def test_a_maximum_length_below_one_is_refused():
-    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"max_length must be at least 1, got 0"):
         Utterance(0)
 
 

@@ -1,19 +1,18 @@
 """Makes nano, the bundled tiny language model: corpus, tokenizer, pre-training, files.
 
-    python -m agents.nano.make --out agents/nano          # about 10 minutes on one core, seeded
+    python -m agents.nano.make --out agents/nano      # about 15 minutes on one core, seeded
 
-nano is pre-trained on dialogues that a scripted, imperfect persona speaks in the embedded worlds. The
-speaker knows the facts but is suggestible: asked a leading question it yields to the false presupposition,
-the more so the longer the dialogue lasts, and it chooses its acts without regard to what they are worth.
-A model that learned this well is right about facts, wrong under pressure, and has something to learn
-from every policy class.
+nano is pre-trained on dialogues that a scripted, imperfect persona speaks in the embedded worlds.
+The speaker knows the facts but is suggestible: asked a leading question it yields to the false
+presupposition, the more so the longer the dialogue lasts, and it chooses its acts without regard to
+what they are worth. A model that learned this well is right about facts, wrong under pressure, and
+has something to learn from every policy class.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -57,7 +56,7 @@ class NanoConfig:
     hidden_size: int = 128
     num_layers: int = 4
     num_heads: int = 8
-    num_kv_heads: int = 2
+    num_kv_heads: int = 4
     intermediate_size: int = 344
     max_positions: int = 1024
     """Longest dialogue in tokens."""
@@ -65,14 +64,22 @@ class NanoConfig:
     """Probability of yielding to a leading question in the first turn."""
     yield_growth: float = 0.09
     """What each further turn adds to it (at most 0.95)."""
-    warmup_steps: int = 500
-    """Steps on short dialogues (2-3 facts, 3 questions), where copying is learned."""
-    steps: int = 1200
+    lessons: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Copying comes first: short dialogues of at most so many facts, one lesson after the other."""
+    lesson_steps: int = 300
+    """Steps a lesson; with two facts from the start nothing was learned in a million tokens."""
+    lesson_tokens: int = 1500
+    """Tokens in a batch of a lesson: many small steps bring copying about sooner than few large."""
+    steps: int = 1500
     """Steps on whole dialogues after that."""
-    batch_tokens: int = 6000
-    """Tokens in a batch."""
-    learning_rate: float = 3e-3
-    """Peak of the cosine schedule."""
+    batch_tokens: int = 4000
+    """Tokens in a batch of whole dialogues."""
+    learning_rate: float = 1e-3
+    """Peak; falls along a cosine during the whole dialogues."""
+    fact_weight: float = 5.0
+    """Weight in the loss of tokens that name a value; the speaker's other tokens weigh 1."""
+    initializer_range: float = 0.05
+    """Standard deviation of the initial weights."""
     partner_weight: float = 0.1
     """Weight of the partner's tokens in the loss; the speaker's own weigh 1."""
 
@@ -105,31 +112,34 @@ def imperfect_dialogue(
     return transcript.messages()
 
 
-def short_dialogue(domain: Domain, persona: Persona, rng: np.random.Generator) -> Messages:
-    """Return three questions about a persona of two or three facts, answered truthfully."""
-    names = list(rng.permutation(list(persona.facts)))[: 2 + int(rng.random() * 2)]
+def short_dialogue(
+    domain: Domain, persona: Persona, rng: np.random.Generator, max_facts: int
+) -> Messages:
+    """Return six questions about a persona of 1 to `max_facts` facts, answered truthfully."""
+    names = list(rng.permutation(list(persona.facts)))[: 1 + int(rng.random() * max_facts)]
     facts = {name: persona.facts[name] for name in persona.facts if name in names}
     little = replace(persona, facts=facts, text=domain.persona_text(facts, {}, "Sam"))
     turns: tuple[Turn, ...] = ()
-    for _ in range(3):
+    for _ in range(6):
         attribute = domain.by_name[choose(rng, names)]
-        questions = tuple(attribute.asked) or tuple(attribute.tempted)
+        tempting = max_facts > 1 and rng.random() < 0.3
+        questions = attribute.tempted if tempting or not attribute.asked else attribute.asked
         question = attribute.phrase(choose(rng, questions), choose(rng, list(attribute.values)))
         answer = domain.phrase_act("state", little, domain.lexicon.read(question), rng)
         turns = (*turns, Turn(question, answer))
-    return Transcript(little, domain.system_prompt(little), turns, None, 3).messages()
+    return Transcript(little, domain.system_prompt(little), turns, None, 6).messages()
 
 
-def dialogues(rng: np.random.Generator, c: NanoConfig, short: bool) -> Iterator[Messages]:
-    """Yield training dialogues for ever, the three domains in turn, training personas only."""
+def dialogues(rng: np.random.Generator, c: NanoConfig, max_facts: int | None) -> Iterator[Messages]:
+    """Yield training dialogues for ever, the domains in turn; `max_facts` None = whole ones."""
     pools = {name: bundled_personas(name, "train") for name in DOMAINS}
     while True:
         for name, personas in pools.items():
             persona = _reshuffled(choose(rng, personas), get_domain(name), rng)
-            if short:
-                yield short_dialogue(get_domain(name), persona, rng)
-            else:
+            if max_facts is None:
                 yield imperfect_dialogue(get_domain(name), persona, rng, c)
+            else:
+                yield short_dialogue(get_domain(name), persona, rng, max_facts)
 
 
 def _reshuffled(persona: Persona, domain: Domain, rng: np.random.Generator) -> Persona:
@@ -182,7 +192,6 @@ def make_tokenizer(texts: Sequence[str], c: NanoConfig) -> PreTrainedTokenizerFa
 def make_model(tokenizer: PreTrainedTokenizerFast, c: NanoConfig) -> LlamaForCausalLM:
     """Return the untrained Llama."""
     torch.manual_seed(c.seed)
-    end = tokenizer.convert_tokens_to_ids("<|end|>")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=c.hidden_size,
@@ -192,38 +201,31 @@ def make_model(tokenizer: PreTrainedTokenizerFast, c: NanoConfig) -> LlamaForCau
         num_key_value_heads=c.num_kv_heads,
         max_position_embeddings=c.max_positions,
         tie_word_embeddings=True,
+        initializer_range=c.initializer_range,
         bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=end,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
 
 
-def encode(
-    messages: Messages, tokenizer: PreTrainedTokenizerFast, c: NanoConfig
-) -> tuple[list[int], list[float]]:
-    """Return token ids and the loss weight of each token."""
-    ids: list[int] = []
-    weights: list[float] = []
-    for message in messages:
-        text = f" {message['content']}<|end|>"
-        piece = tokenizer.encode(text, add_special_tokens=False)
-        weight = {"assistant": 1.0, "user": c.partner_weight, "system": 0.0}[message["role"]]
-        ids += [tokenizer.convert_tokens_to_ids(f"<|{message['role']}|>"), *piece]
-        weights += [0.0, *([weight] * len(piece))]
-    return ids, weights
+def fact_tokens(tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """Return the first token of every attribute value, as it stands within a sentence."""
+    spoken = [
+        forms[0] for d in DOMAINS.values() for a in d.attributes for forms in a.values.values()
+    ]
+    return frozenset(tokenizer.encode(f" {v}", add_special_tokens=False)[0] for v in spoken)
 
 
 def batches(
-    stream: Iterator[Messages], tokenizer: PreTrainedTokenizerFast, c: NanoConfig
+    stream: Iterator[Messages], tokenizer: PreTrainedTokenizerFast, c: NanoConfig, num_tokens: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield right-padded (token_BL, weight_BL) of about `batch_tokens` tokens."""
+    """Yield right-padded (token_BL, weight_BL) of about `num_tokens` tokens."""
+    facts = fact_tokens(tokenizer)
     rows: list[tuple[list[int], list[float]]] = []
-    total = 0
     for messages in stream:
-        rows.append(encode(messages, tokenizer, c))
-        total += len(rows[-1][0])
-        if total < c.batch_tokens:
+        rows.append(encode(messages, tokenizer, facts, c))
+        if sum(len(ids) for ids, _ in rows) < num_tokens:
             continue
         longest = max(len(ids) for ids, _ in rows)
         token_BL = torch.full((len(rows), longest), tokenizer.pad_token_id)
@@ -232,47 +234,76 @@ def batches(
             token_BL[row, : len(ids)] = torch.tensor(ids)
             weight_BL[row, : len(ids)] = torch.tensor(weights)
         yield token_BL, weight_BL
-        rows, total = [], 0
+        rows = []
+
+
+def encode(
+    messages: Messages, tokenizer: PreTrainedTokenizerFast, facts: frozenset[int], c: NanoConfig
+) -> tuple[list[int], list[float]]:
+    """Return token ids and the loss weight of each token."""
+    ids: list[int] = []
+    weights: list[float] = []
+    for message in messages:
+        marker, *piece = tokenizer.encode(render([message]), add_special_tokens=False)
+        ids += [marker, *piece]
+        if message["role"] == "assistant":
+            weights += [0.0, *(c.fact_weight if token in facts else 1.0 for token in piece)]
+        else:
+            weight = c.partner_weight if message["role"] == "user" else 0.0
+            weights += [0.0, *([weight] * len(piece))]
+    return ids, weights
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, c: NanoConfig) -> None:
-    """Pre-train on short dialogues, then on whole ones."""
+    """Pre-train: the lessons one after the other, then whole dialogues."""
     rng = np.random.default_rng(c.seed)
-    streams = {short: batches(dialogues(rng, c, short), tokenizer, c) for short in (True, False)}
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=c.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
+        model.parameters(), lr=c.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
-    total, began, seen = c.warmup_steps + c.steps, time.perf_counter(), 0
-    for step in range(total):
-        token_BL, weight_BL = next(streams[step < c.warmup_steps])
-        for group in optimizer.param_groups:
-            group["lr"] = c.learning_rate * min(1.0, (step + 1) / 50) * _cosine(step / total)
-        logits_BLV = model(input_ids=token_BL[:, :-1]).logits
-        loss_N = torch.nn.functional.cross_entropy(
-            logits_BLV.flatten(0, 1), token_BL[:, 1:].flatten(), reduction="none"
-        )
-        weight_N = weight_BL[:, 1:].flatten()
-        loss = (loss_N * weight_N).sum() / weight_N.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        seen += token_BL.numel()
-        if step % 50 == 0 or step == total - 1:
-            rate = seen / (time.perf_counter() - began)
-            print(
-                f"step {step:5d}/{total}  loss {loss.item():.3f}  {rate:,.0f} tokens/s", flush=True
-            )
+    for max_facts in c.lessons:
+        stream = batches(dialogues(rng, c, max_facts), tokenizer, c, c.lesson_tokens)
+        for step in range(c.lesson_steps):
+            _set_rate(optimizer, c.learning_rate * min(1.0, (step + 1) / 50))
+            loss = _step(model, optimizer, *next(stream))
+        print(f"lesson of {max_facts} facts: loss {loss:.3f}", flush=True)
+
+    stream = batches(dialogues(rng, c, None), tokenizer, c, c.batch_tokens)
+    for step in range(c.steps):
+        falling = 0.02 + 0.98 * 0.5 * (1.0 + float(np.cos(np.pi * step / c.steps)))
+        _set_rate(optimizer, c.learning_rate * min(1.0, (step + 1) / 50) * falling)
+        loss = _step(model, optimizer, *next(stream))
+        if step % 100 == 0 or step == c.steps - 1:
+            print(f"whole dialogues, step {step}: loss {loss:.3f}", flush=True)
 
 
-def _cosine(progress: float) -> float:
-    return 0.05 + 0.95 * 0.5 * (1.0 + float(np.cos(np.pi * progress)))
+def _set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _step(
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    token_BL: torch.Tensor,
+    weight_BL: torch.Tensor,
+) -> float:
+    logits_BLV = model(input_ids=token_BL[:, :-1]).logits
+    loss_N = torch.nn.functional.cross_entropy(
+        logits_BLV.flatten(0, 1), token_BL[:, 1:].flatten(), reduction="none"
+    )
+    weight_N = weight_BL[:, 1:].flatten()
+    loss = (loss_N * weight_N).sum() / weight_N.sum()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return loss.item()
 
 
 def make(c: NanoConfig) -> None:
     """Make nano and write model, tokenizer, template and configuration to `c.out`."""
     rng = np.random.default_rng([c.seed, 1])
-    whole, short = dialogues(rng, c, False), dialogues(rng, c, True)
+    whole, short = dialogues(rng, c, None), dialogues(rng, c, 3)
     tokenizer = make_tokenizer(
         [render(next(whole)) for _ in range(3000)] + [render(next(short)) for _ in range(300)], c
     )
@@ -294,14 +325,9 @@ def main() -> None:
     parser.add_argument("--out", default=NanoConfig.out)
     parser.add_argument("--seed", type=int, default=NanoConfig.seed)
     parser.add_argument("--steps", type=int, default=NanoConfig.steps)
-    parser.add_argument("--warmup-steps", type=int, default=NanoConfig.warmup_steps)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    make(
-        NanoConfig(
-            out=given.out, seed=given.seed, steps=given.steps, warmup_steps=given.warmup_steps
-        )
-    )
+    make(NanoConfig(out=given.out, seed=given.seed, steps=given.steps))
 
 
 if __name__ == "__main__":

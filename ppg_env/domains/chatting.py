@@ -195,7 +195,19 @@ HOBBY = Attribute(
         "{v}, how nice. What do you like about it?",
         "I never tried {v}, tell me more!",
     ),
-    cues=("hobby", "hobbies", "free time", "weekends", "weekend", "after hours", "for fun", "off work", "after work", "spare time", "pastime"),
+    cues=(
+        "hobby",
+        "hobbies",
+        "free time",
+        "weekends",
+        "weekend",
+        "after hours",
+        "for fun",
+        "off work",
+        "after work",
+        "spare time",
+        "pastime",
+    ),
 )
 FOOD = Attribute(
     name="food",

@@ -6,6 +6,7 @@ contradictions 0); chatting, education and therapy override how an act is read, 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -181,15 +182,21 @@ class Domain:
         told += [self.traits[trait][value] for trait, value in traits.items()]
         return " ".join(told)
 
+    @cached_property
+    def _phase_starts(self) -> dict[int, list[int]]:
+        return {}
+
     def phase_boundaries(self, max_turns: int) -> list[int]:
         """Return the first turn of each phase that has at least one turn, starting with 0."""
-        ends = accumulate(phase.share for phase in self.phases)
-        starts = {0, *(round(end * max_turns) for end in ends)}
-        return sorted(start for start in starts if start < max_turns)
+        if max_turns not in self._phase_starts:
+            ends = accumulate(phase.share for phase in self.phases)
+            starts = {0, *(round(end * max_turns) for end in ends)}
+            self._phase_starts[max_turns] = sorted(start for start in starts if start < max_turns)
+        return list(self._phase_starts[max_turns])
 
     def phase_of(self, turn: int, max_turns: int) -> int:
         """Return the index of the phase that `turn` belongs to."""
-        return sum(start <= turn for start in self.phase_boundaries(max_turns)) - 1
+        return bisect_right(self.phase_boundaries(max_turns), turn) - 1
 
     # ---- text -> act -----------------------------------------------------------------------------
 
@@ -210,12 +217,15 @@ class Domain:
     def _interpret(self, persona: Persona, partner_line: str, agent_line: str) -> Interpretation:
         agent, partner = self.lexicon.read(agent_line), self.lexicon.read(partner_line)
         claims = self.claims(agent, partner)
-        true, false = [], []
+        true: list[Claim] = []
+        false: list[Claim] = []
         for claim in claims:
             fact = persona.facts.get(claim.attribute)
             if fact is not None:
                 (true if (fact == claim.value) == claim.positive else false).append(claim)
-        act = "contradict" if false else self.read_act(agent, partner, tuple(true))
+        # A bare "No" denies truly but tells nothing; if it counted, a model would say nothing else.
+        told = tuple(claim for claim in true if claim.positive or claim in agent.claims)
+        act = "contradict" if false else self.read_act(agent, partner, told)
         return Interpretation(act, claims, tuple(true), tuple(false))
 
     def claims(self, agent: Reading, partner: Reading) -> tuple[Claim, ...]:
@@ -223,7 +233,10 @@ class Domain:
         return resolve_claims(agent, partner)
 
     def read_act(self, agent: Reading, partner: Reading, true_claims: tuple[Claim, ...]) -> str:
-        """Return the act of a line without false claims."""
+        """Return the act of a line without false claims.
+
+        `true_claims` are those that tell something: positive ones, and negative ones in full words.
+        """
         return "answer" if self.answered(partner, true_claims) else "evade"
 
     def answered(self, partner: Reading, true_claims: tuple[Claim, ...]) -> set[str]:

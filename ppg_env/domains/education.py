@@ -376,7 +376,9 @@ EDUCATION = EducationDomain(
             "i don't see why",
         ],
         "request": [
-            "can you", "let's", "let us try",
+            "can you",
+            "let's",
+            "let us try",
             "could you",
             "can we",
             "could we",

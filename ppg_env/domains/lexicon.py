@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 _TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[.!?…,;:\"“”()\n–—]")
 _SENTENCE_END = frozenset(".!?…\n")
@@ -59,9 +60,7 @@ _HYPOTHETICAL = frozenset(
     "would i'd wish wished if used someday could might maybe want wanted hope dream dreamed "
     "imagine pretend almost wonder".split()
 )
-_GRAMMAR = (
-    _PUNCTUATION | _CLAUSE_WORDS | _FIRST | _SECOND | _THIRD | _NEGATORS | _HYPOTHETICAL
-)
+_GRAMMAR = _PUNCTUATION | _CLAUSE_WORDS | _FIRST | _SECOND | _THIRD | _NEGATORS | _HYPOTHETICAL
 """Words that matter in any domain; all others matter only if they begin a phrase of the lexicon."""
 _ASSENT = "yes|yeah|yep|yup|exactly|absolutely|indeed|definitely|totally|certainly|of course"
 _ASSENT_ALONE = (
@@ -78,8 +77,7 @@ _AFFIRMING = (
 _DENIAL = "no|nope|nah|not really|not at all|not quite|not exactly|that's not|that's wrong|wrong"
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """A statement about its speaker: attribute has (`positive`) or has not the value."""
 
     attribute: str
@@ -91,8 +89,7 @@ class Claim:
         return f"{'' if self.positive else 'not '}{self.attribute}={self.value}"
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """What a line says, seen from its speaker.
 
     Attributes:
@@ -216,7 +213,9 @@ class Lexicon:
         phrases: dict[str, list[tuple[tuple[str, ...], str, object]]] = self._phrases  # type: ignore[attr-defined]
         known: frozenset[str] = self._known  # type: ignore[attr-defined]
         subject, negated, hypothetical = "", False, False
-        tagged = question and end - start > 2 and tokens[end - 2] == "," and tokens[end - 1] in _TAGS
+        tagged = (
+            question and end - start > 2 and tokens[end - 2] == "," and tokens[end - 1] in _TAGS
+        )
         i = start
         while i < end:
             token = tokens[i]
@@ -238,9 +237,12 @@ class Lexicon:
                 continue
 
             step = 1
+            following = tokens[i + 1] if i + 1 < len(tokens) else ""
             for phrase, kind, payload in phrases.get(token, ()):
                 length = len(phrase)
-                if length > 1 and tuple(tokens[i : i + length]) != phrase:
+                if length > 1 and (
+                    phrase[1] != following or tuple(tokens[i : i + length]) != phrase
+                ):
                     continue
                 if kind == "value":
                     assert isinstance(payload, Claim)

@@ -1,0 +1,142 @@
+"""The run folder: whose it is, what it holds, and that a kill in the middle does no harm."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from agents.runs import RunFolder, read_metrics, read_transcripts
+
+SETTINGS = {"domain": "therapy", "updates": 3, "cuts": (0, 2)}
+
+
+def test_a_new_folder_says_what_was_run_and_on_what(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "b", SETTINGS)
+    manifest = json.loads((folder.path / "manifest.json").read_text())
+    assert manifest["settings"] == {"domain": "therapy", "updates": 3, "cuts": [0, 2]}
+    assert {"python", "torch", "transformers"} <= set(manifest["versions"])
+    assert folder.result is None and folder.metrics() == []
+
+
+def test_the_same_run_may_go_on_in_its_folder(tmp_path: Path) -> None:
+    RunFolder(tmp_path, SETTINGS).finish({"reward": 0.5})
+    assert RunFolder(tmp_path, dict(SETTINGS)).result == {"reward": 0.5}
+
+
+def test_another_run_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    RunFolder(tmp_path, SETTINGS)
+    with pytest.raises(FileExistsError, match="updates is 3 there and 4 now"):
+        RunFolder(tmp_path, {**SETTINGS, "updates": 4})
+    with pytest.raises(FileExistsError, match="noise is None there and 0.1 now"):
+        RunFolder(tmp_path, {**SETTINGS, "noise": 0.1})
+
+
+def test_a_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("Mine.")
+    with pytest.raises(FileExistsError, match="not empty and holds no run; choose a new or empty"):
+        RunFolder(tmp_path, SETTINGS)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(FileExistsError, match="is a file; name a folder"):
+        RunFolder(tmp_path / "run", SETTINGS)
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match="Cannot make the run folder .*file/run"):
+        RunFolder(tmp_path / "file" / "run", SETTINGS)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    if os.access(tmp_path, os.W_OK):
+        pytest.skip("this user can write anywhere")
+    try:
+        with pytest.raises(PermissionError, match="Cannot write to .* choose another"):
+            RunFolder(tmp_path, SETTINGS)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_metrics_are_there_as_soon_as_they_are_logged(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    rows = [{"time/total_timesteps": 8.0, "reward": 0.1 * i} for i in range(3)]
+    for number, row in enumerate(rows, start=1):
+        folder.log(row)
+        assert read_metrics(tmp_path) == folder.metrics() == rows[:number]
+
+
+def test_an_unfinished_last_line_of_metrics_is_left_out(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    folder.log({"reward": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"reward": 0.')
+    assert folder.metrics() == [{"reward": 0.5}]
+
+
+def test_no_metrics_yet_is_no_error(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "nowhere") == []
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert read_metrics(tmp_path) == []
+
+
+def test_starting_again_forgets_the_metrics_of_the_unfinished_attempt(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    folder.log({"reward": 0.5})
+    folder.restart()
+    folder.restart()
+    assert folder.metrics() == []
+
+
+def test_a_result_is_written_in_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    folder.finish({"reward": 0.5})
+
+    def break_off(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            folder.finish({"reward": 0.9})
+    assert RunFolder(tmp_path, SETTINGS).result == {"reward": 0.5}
+    folder.finish({"reward": 0.9})
+    assert folder.result == {"reward": 0.9}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_whose_making_was_cut_short_can_be_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_off(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(tmp_path, SETTINGS)
+    assert RunFolder(tmp_path, SETTINGS).result is None
+
+
+def test_transcripts_come_back_as_they_were_said(tmp_path: Path) -> None:
+    said = [[{"role": "user", "content": "Grüße 🙂\nzwei Zeilen"}], [{"role": "user", "content": "No."}]]
+    RunFolder(tmp_path, SETTINGS).write_transcripts(said, [[0.5, 1.0], []])
+    assert read_transcripts(tmp_path) == [
+        {"messages": said[0], "rewards": [0.5, 1.0]},
+        {"messages": said[1], "rewards": []},
+    ]
+    assert "Grüße 🙂" in (tmp_path / "transcripts.jsonl").read_text(encoding="utf-8")
+
+
+def test_unusual_line_separators_do_not_break_a_transcript_in_two(tmp_path: Path) -> None:
+    said = [[{"role": "assistant", "content": "one\u2028two\u0085three\x0bfour"}]]
+    RunFolder(tmp_path, SETTINGS).write_transcripts(said, [[0.5]])
+    assert read_transcripts(tmp_path) == [{"messages": said[0], "rewards": [0.5]}]
