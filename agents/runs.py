@@ -124,7 +124,8 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 def read_transcripts(path: str | Path) -> list[dict[str, Any]]:
     """Return the dialogues in a run folder: {"messages": [...], "rewards": [...]} each."""
     text = (Path(path) / TRANSCRIPTS).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    # Not splitlines: lines of a dialogue may hold other line separators, such as U+2028.
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

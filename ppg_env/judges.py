@@ -7,8 +7,7 @@ dynamics. A line it cannot tie to the persona earns nothing: it never fails open
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .dialogue import Persona, Transcript, Turn, Verdict
 from .domains import Claim, Domain, Reading
@@ -33,8 +32,7 @@ class Judge(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Memory:
+class _Memory(NamedTuple):
     """What the first `turns` turns left behind: the dynamics' state and all own claims with their turn."""
 
     state: Hashable
