@@ -131,6 +131,7 @@ def _fold_system(chat: list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ValueError if the tokenizer lacks a chat template or an end token."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"The tokenizer in {name} has no chat template, so dialogues cannot be written as "

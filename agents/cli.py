@@ -1,7 +1,11 @@
-"""The command line: ppg demo | train | evaluate | play. Every flag is a field of a config dataclass."""
+"""The command line: ppg demo | train | evaluate | play | limits.
+
+Every flag is a field of a config dataclass.
+"""
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +21,10 @@ from rich.table import Table
 import ppg_env
 
 from .compare import Cell, CompareConfig, cells, compare
+from .credit import parse_credit
 from .train import TrainConfig, train
 
-console = Console()
+console = Console() if sys.stdout.isatty() else Console(width=140)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,20 @@ class PlayConfig:
     """Your turns in the dialogue."""
     seed: int | None = None
     """Seeds persona and partner."""
+
+
+@dataclass(frozen=True)
+class LimitsConfig:
+    """Whose limits are computed."""
+
+    domains: tuple[str, ...] = ("chatting", "education", "therapy")
+    """Embedded domains."""
+    credits: tuple[str, ...] = ("greedy", "kstep:2", "kstep:3", "kstep:4", "segment", "full")
+    """Policy classes, see agents.credit.parse_credit."""
+    max_turns: int = 8
+    """Agent turns in a dialogue."""
+    noise: float = 0.1
+    """How often the scripted partner is distracted, a probability."""
 
 
 def demo(c: CompareConfig) -> None:
@@ -95,7 +114,7 @@ def demo(c: CompareConfig) -> None:
     for name in ("domain", "method", *COLUMNS):
         table.add_column(name, no_wrap=name in ("domain", "method"))
     for row in table_rows(results):
-        table.add_row(*row)
+        table.add_row(*(cell.replace(" [", "\n[") for cell in row))
     console.print(table)
     for sentence in findings(results):
         console.print(sentence, highlight=False)
@@ -116,7 +135,6 @@ def evaluate_agent(c: EvaluateConfig) -> None:
     from .evaluate import evaluate_policy
     from .ppg import load_policy
 
-    policy = load_policy(c.agent)
     envs = gym.make_vec(
         "PersonaDialogue-v0",
         num_envs=32,
@@ -127,7 +145,7 @@ def evaluate_agent(c: EvaluateConfig) -> None:
     )
     found = evaluate_policy(
         envs,
-        policy,
+        load_policy(c.agent),
         episodes_per_persona=c.episodes,
         seed=c.seed,
         deterministic=c.deterministic,
@@ -144,13 +162,13 @@ def evaluate_agent(c: EvaluateConfig) -> None:
 
 def play(c: PlayConfig) -> None:
     """Let a person play the persona in the terminal and show the verdict of every line."""
-    env = gym.make(
-        "PersonaDialogue-v0", domain=c.domain, personas="all", max_turns=c.max_turns
-    )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # the environment refuses what is no text
+    env = gym.make("PersonaDialogue-v0", domain=c.domain, personas="all", max_turns=c.max_turns)
     options: dict[str, Any] = {} if c.persona is None else {"persona": c.persona}
     observation, _ = env.reset(seed=c.seed, options=options)
     world = env.unwrapped.world  # type: ignore[attr-defined]
-    console.print(f"[dim]{observation[0]['content']}[/dim]")
+    console.print(observation[0]["content"], style="dim", markup=False, highlight=False)
     console.print("[dim]Answer as this person; an empty line or Ctrl-D ends.[/dim]")
     total, turns, over = 0.0, 0, False
     while not over:
@@ -158,6 +176,8 @@ def play(c: PlayConfig) -> None:
         console.print(observation[-1]["content"], markup=False, highlight=False)
         try:
             line = input(f"{world.domain.agent_role}: ").strip()
+            if line and line[-1].isalnum():
+                line += "."  # people end lines with Enter
         except (EOFError, KeyboardInterrupt):
             line = ""
         if not line:
@@ -173,11 +193,30 @@ def play(c: PlayConfig) -> None:
             for name, value in info["reward_parts"].items()
         )
         colour = "green" if float(reward) >= 0.5 else "red"
-        console.print(
-            f"   {reward:.2f}  {info['reason']}  ({parts})", style=colour, markup=False
-        )
+        console.print(f"   {reward:.2f}  {info['reason']}  ({parts})", style=colour, markup=False)
     if turns:
         console.print(f"mean reward {total / turns:.2f} over {turns} turns")
+
+
+def limits(c: LimitsConfig) -> None:
+    """Print what ascent along each class's expected partial gradient reaches; exact."""
+    credits = {text: parse_credit(text) for text in c.credits}
+    table = Table(title="Shares of the optimal mean reward per turn")
+    for name in ("domain", "optimum", "uniform", *credits):
+        table.add_column(name)
+    for domain in map(ppg_env.get_domain, c.domains):
+        boundaries = domain.phase_boundaries(c.max_turns)
+        personas = ppg_env.bundled_personas(domain)
+        kinds = {domain.dynamics(p): " ".join(p.traits.values()) for p in personas}
+        for dynamics, kind in kinds.items():
+            process = ppg_env.ActProcess(dynamics, c.max_turns, c.noise)
+            optimum = process.optimal_value()
+            shares = [process.value(process.uniform_policy()) / optimum]
+            for credit in credits.values():
+                shares.append(process.limit(credit.weights(c.max_turns, boundaries)).share)
+            row = [f"{domain.name} {kind}".strip(), f"{optimum:.3f}"]
+            table.add_row(*row, *(f"{share:.3f}" for share in shares))
+    console.print(table)
 
 
 def _progress() -> Progress:
@@ -200,6 +239,7 @@ def main() -> None:
             "train": TrainConfig,
             "evaluate": EvaluateConfig,
             "play": PlayConfig,
+            "limits": LimitsConfig,
         },
         prog="ppg",
         description="Partial policy gradients for persona dialogues.",
@@ -209,6 +249,7 @@ def main() -> None:
         TrainConfig: train_agent,
         EvaluateConfig: evaluate_agent,
         PlayConfig: play,
+        LimitsConfig: limits,
     }
     try:
         commands[type(config)](config)

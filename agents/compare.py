@@ -168,11 +168,16 @@ def _shares(
 
 
 def _one_thread() -> None:
-    """Keep processes out of each other's way: one torch thread each, Ctrl-C left to the parent."""
+    """Keep processes out of each other's way: one torch thread each, Ctrl-C left to the parent.
+
+    Bars for loading and saving weights would be drawn into the parent's.
+    """
     import signal
 
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -210,4 +215,3 @@ def _result(
         "train_seconds": seconds,
         "tokens_per_second": sum(speeds) / len(speeds) if speeds else None,
     }
-

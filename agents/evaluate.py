@@ -3,8 +3,8 @@
     result = evaluate_policy(envs, policy, episodes_per_persona=2, seed=0)
     result.metrics["reward"].mean, result.metrics["reward"].low, result.metrics["reward"].high
 
-The unit of resampling is the persona: turns of one dialogue, and dialogues of one persona, resemble each
-other, so intervals over turns would be too narrow. Evaluation shares no state with training.
+The unit of resampling is the persona: turns of one dialogue, and dialogues of one persona, resemble
+each other, so intervals over turns would be too narrow. Evaluation shares no state with training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return e.g. "0.412 [0.391, 0.433]"."""
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self:.3f}"
+
+    def __format__(self, spec: str) -> str:
+        """Return mean and bounds, each formatted by `spec`."""
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        metrics: "reward" (mean per turn), "drift" (change of the reward per turn of the dialogue), every
-            reward part by name, "degenerate_rate" if the judge tells it; means of persona means.
+        metrics: "reward" (mean per turn), "drift" (change of the reward per turn of the dialogue),
+            every reward part by name, "degenerate_rate" if the judge tells it; means of persona
+            means.
         reward_T: mean reward of each turn.
         persona_reward: mean reward per turn of each persona, for paired comparisons.
         transcripts: what was said, one message list a dialogue.

@@ -3,8 +3,8 @@
     envs = gym.make_vec("PersonaDialogue-v0", num_envs=64, domain="therapy")
     agent = KStepAgent("nano", envs, k=3, seed=0).learn(total_timesteps=10_000)
 
-`learn` is the whole algorithm: collect dialogues with the current policy, credit rewards to turns, one
-policy-gradient step. Source: "Partial Policy Gradients for RL in LLMs", arXiv 2603.06138.
+`learn` is the whole algorithm: collect dialogues with the current policy, credit rewards to turns,
+one policy-gradient step. Source: "Partial Policy Gradients for RL in LLMs", arXiv 2603.06138.
 """
 
 from __future__ import annotations
@@ -53,17 +53,20 @@ class PPGAgent:
 
     An update plays one dialogue in every slot of `env` and takes one step along
 
-        (1/B) sum_b sum_t A[b,t] grad log pi(a_t | h_t),   A = partial return - leave-one-out baseline.
+        (1/B) sum_b sum_t A[b,t] grad log pi(a_t | h_t),   A = partial return - leave-one-out
+        baseline.
 
     Args:
-        policy: an LMPolicy, "nano" (the bundled model), or the folder or name of a Hugging Face model.
+        policy: an LMPolicy, "nano" (the bundled model), or the folder or name of a Hugging Face
+            model.
         env: a vector environment of dialogues, from gym.make_vec; None for acting only.
         credit: which rewards a turn answers for: a Credit, or text such as "kstep:3".
         learning_rate: of AdamW.
         group_size: dialogues that share persona, opening and partner seed, and are each other's
             baseline; divides env.num_envs.
         baseline: see credit.advantages.
-        scale: see credit.credit_weights; "mean_window" keeps step sizes of policy classes comparable.
+        scale: see credit.credit_weights; "mean_window" keeps step sizes of policy classes
+            comparable.
         kl_coef: weight of the KL divergence to the initial model, 0 = none.
         max_grad_norm: the gradient's norm is clipped to it.
         token_budget: tokens in one forward and backward pass, padding included.
@@ -130,8 +133,8 @@ class PPGAgent:
                 batch = self.collect()
                 if batch.num_turns == 0:
                     raise ValueError(
-                        f"No dialogue leaves room for a reply in the context of {self.policy.name}; "
-                        "use a model with a longer context."
+                        f"No dialogue leaves room for a reply in the context of "
+                        f"{self.policy.name}: use a model with a longer context."
                     )
                 advantage_BT = self.credited(batch)
                 measured = self.update(batch, advantage_BT)
@@ -320,7 +323,7 @@ class KStepAgent(PPGAgent):
 
 
 class SegmentAgent(PPGAgent):
-    """Every turn answers for the rewards up to the end of its segment (default: the env's phases)."""
+    """Every turn answers for the rewards to the end of its segment (default: the env's phases)."""
 
     def __init__(
         self,
@@ -402,6 +405,6 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _has_groups(env: gym.vector.VectorEnv[Any, Any, Any]) -> bool:
-    """Return whether reset takes options={"group_size": ...}; Gymnasium's own wrappers of N envs do not."""
+    """Return whether reset takes a group size; Gymnasium's own wrappers of N envs do not."""
     native = (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)
     return not isinstance(env.unwrapped, native)

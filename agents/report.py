@@ -49,7 +49,7 @@ def table_rows(results: Results) -> list[tuple[str, ...]]:
                 str(metrics.get("line_to_line", "")),
                 "" if own is None else f"{own} {metrics[own]}",
                 f"{metrics['degenerate_rate'].mean:.3f}" if "degenerate_rate" in metrics else "",
-                f"{metrics['drift'].mean:+.3f} [{metrics['drift'].low:+.3f}, {metrics['drift'].high:+.3f}]",
+                f"{metrics['drift']:+.3f}",
                 f"{result['train_seconds']:.0f}",
                 "" if speed is None else f"{speed:,.0f}",
             )
@@ -98,8 +98,8 @@ def save_report(results: Results, c: CompareConfig) -> list[Path]:
     table = run / "table.md"
     notes = [f"- {sentence}" for sentence in findings(results)]
     settings = (
-        f"{c.updates} updates x {c.episodes} dialogues x {c.max_turns} turns a method, seed {c.seed}, "
-        f"noise {c.noise}; 95 % intervals bootstrapped over held-out personas."
+        f"{c.updates} updates x {c.episodes} dialogues x {c.max_turns} turns a method, "
+        f"seed {c.seed}, noise {c.noise}; 95 % intervals bootstrapped over held-out personas."
     )
     table.write_text(
         f"{markdown_table(results)}\n{settings}\n\n" + "\n".join(notes) + "\n", encoding="utf-8"

@@ -1,10 +1,10 @@
 """The run folder: the one owner of its format.
 
-    RUN/manifest.json        what was run: settings, versions, hardware
-    RUN/metrics.jsonl        one line an update (keys as in Stable-Baselines3)
-    RUN/result.json          written last; its presence means that the run is complete
-    RUN/transcripts.jsonl    dialogues with the reward of every turn
-    RUN/agent/               the trained agent (transformers folder, safetensors)
+RUN/manifest.json        what was run: settings, versions, hardware
+RUN/metrics.jsonl        one line an update (keys as in Stable-Baselines3)
+RUN/result.json          written last; its presence means that the run is complete
+RUN/transcripts.jsonl    dialogues with the reward of every turn
+RUN/agent/               the trained agent (transformers folder, safetensors)
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class RunFolder:
             )
         if manifest is not None and manifest["settings"] != settings:
             raise FileExistsError(
-                f"{self.path} holds another run ({_first_difference(manifest['settings'], settings)}); "
+                f"{self.path} holds another run "
+                f"({_first_difference(manifest['settings'], settings)}); "
                 "choose another folder or remove this one."
             )
         if manifest is None:

@@ -1,7 +1,7 @@
 """What a dialogue is: personas, turns, transcripts, verdicts. Frozen data and nothing else.
 
-A transcript is written once and seen from several sides: the agent reads it as chat messages in which
-its own lines are the assistant's; partners and judges get the transcript itself.
+A transcript is written once and seen from several sides: the agent reads it as chat messages in
+which its own lines are the assistant's; partners and judges get the transcript itself.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Persona:
         id: unique within its file, e.g. "therapy-0042".
         domain: name of the domain it was written for.
         text: the persona in the second person, as the agent's system message shows it.
-        facts: what is true of the persona, attribute -> value of the domain's lexicon; what the rule
-            judge checks claims against. May be empty for free-text personas.
+        facts: what is true of the persona, attribute -> value of the domain's lexicon; what the
+            rule judge checks claims against. May be empty for free-text personas.
         traits: what shapes the dynamics without being a checkable claim, e.g. guardedness.
         split: "train", "validation" or "test"; personas are split, never lines.
 
@@ -146,7 +146,8 @@ def turns_from_messages(history: Sequence[Mapping[str, str]]) -> tuple[tuple[Tur
         expected = "user" if position % 2 == 0 else "assistant"
         if message.get("role") != expected:
             raise ValueError(
-                f"history[{position + offset}] has role {message.get('role')!r}, expected {expected!r}: "
+                f"history[{position + offset}] has role {message.get('role')!r}, "
+                f"expected {expected!r}: "
                 "messages alternate user (partner), assistant (agent), and start and end with user."
             )
         if not isinstance(message.get("content"), str):

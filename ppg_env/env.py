@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.error import ResetNeeded
 
 from .dialogue import Messages, Persona, Transcript, Verdict
@@ -25,20 +24,21 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
 
     ## Description
     The agent is one side of a conversation: a stranger getting acquainted (chatting), a student
-    (education) or a patient (therapy). The environment plays the other side and scores, turn by turn,
-    how well the reply plays the persona.
+    (education) or a patient (therapy). The environment plays the other side and scores, turn by
+    turn, how well the reply plays the persona.
 
     ## Action Space
     `Utterance`: any non-blank Unicode text up to `max_utterance_length` characters.
 
     ## Observation Space
-    `DialogueMessages`: the dialogue so far as chat messages as the agent sees it: "system" tells who the
-    agent is, "user" is the partner, "assistant" are the agent's own lines. Ready for a chat template.
+    `DialogueMessages`: the dialogue so far as chat messages as the agent sees it: "system" tells
+    who the agent is, "user" is the partner, "assistant" are the agent's own lines. Ready for a chat
+    template.
 
     ## Starting State
     A persona drawn from the environment's personas and the partner's first line, both by the seed.
-    `reset(options={"persona": id or Persona, "history": [messages]})` chooses the persona and continues
-    a dialogue.
+    `reset(options={"persona": id or Persona, "history": [messages]})` chooses the persona and
+    continues a dialogue.
 
     ## Rewards
     One float in [0, 1] a turn, from the judge; NaN for a turn the judge cannot score, unless

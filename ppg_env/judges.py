@@ -18,8 +18,15 @@ MAX_ATTRIBUTES = 3
 ECHO_OVERLAP = 0.7
 COPY_OVERLAP = 0.8
 _DANGLING = frozenset(
-    "a an the and or but because so of to in on at for with from by as is am are was were be been my "
-    "your his her their our its this that these those i we it's i'm very".split()
+    "a an the and or but because so of to in on at for with from by as is am are was were be been "
+    "my your his her their our its this that these those i we it's i'm very".split()
+)
+_FUNCTION_WORDS = frozenset(
+    "a about after all am an and any are as at be been but by can did do does for from get got "
+    "had has have he her here how i i'd i'll i'm i've if in into is it it's its just like many me "
+    "more most my no not of off on or our out over she so some still than that that's the their "
+    "them then there they this to too up us very was we were what when where which who will with "
+    "would yes you your don't doesn't isn't can't".split()
 )
 _CACHE_SIZE = 65536
 
@@ -33,7 +40,7 @@ class Judge(Protocol):
 
 
 class _Memory(NamedTuple):
-    """What the first `turns` turns left behind: the dynamics' state and all own claims with their turn."""
+    """What the first `turns` turns left: the dynamics' state, all own claims with their turn."""
 
     state: Hashable
     claims: tuple[tuple[int, Claim], ...] = ()
@@ -51,16 +58,18 @@ class RuleJudge:
         reward = well_formed * [no false claim] * value(act, earlier acts)      in [0, 1]
 
     Parts of the verdict:
-        prompt_to_line: 1 if the line's claims agree with the persona, 0 if one contradicts it, None if it
-            makes none that can be checked.
-        line_to_line: 1 if no claim conflicts with an earlier line of one's own, 0 if one does, None if
-            there is nothing to compare.
+        prompt_to_line: 1 if the line's claims agree with the persona, 0 if one contradicts it, None
+            if it makes none that can be checked.
+        line_to_line: 1 if no claim conflicts with an earlier line of one's own, 0 if one does, None
+            if there is nothing to compare.
         <domain.value_name>: what the act is worth after the earlier acts.
-        well_formed: 0 for degenerate lines (empty, repeated within the line or of an earlier line, echo of
-            the partner, persona text copied out, keyword list, unfinished sentence), else 1.
+        well_formed: 0 for degenerate lines (empty, repeated within the line or of an earlier line,
+            echo of the partner, persona text copied out, keyword list, unfinished sentence), else
+            1.
 
     line_to_line is shown and not multiplied in by default: a conflict can reach back to any earlier
-    turn, and the worlds' dependence length would no longer be theirs. `charge_conflicts=True` adds it.
+    turn, and the worlds' dependence length would no longer be theirs. `charge_conflicts=True` adds
+    it.
 
     Args:
         domain: lexicon and dynamics.
@@ -83,8 +92,8 @@ class RuleJudge:
         persona, turn = transcript.persona, transcript.turns[-1]
         if not persona.facts:
             raise ValueError(
-                f"RuleJudge cannot judge persona {persona.id!r}: it has a text but no facts. Give it "
-                "facts of the domain's lexicon, or use a judge that reads free text."
+                f"RuleJudge cannot judge persona {persona.id!r}: it has a text but no facts. "
+                "Give it facts of the domain's lexicon, or use a judge that reads free text."
             )
         earlier = transcript.turns[:-1]
         memory = self._recall(persona, earlier)
@@ -125,7 +134,7 @@ class RuleJudge:
         return flaw, act, understood.claims, understood.false_claims
 
     def _recall(self, persona: Persona, turns: tuple[Turn, ...]) -> _Memory:
-        """Return what `turns` left behind; they are read again only if this judge never saw them."""
+        """Return what `turns` left behind; read again only if this judge never saw them."""
         if not turns:
             return _Memory(self.domain.dynamics(persona).start)
         memory = self._memories.get((persona, turns))
@@ -165,6 +174,8 @@ def find_flaw(line: str, reading: Reading, partner: Reading, persona: Reading) -
         return "lists facts"
     if reading.mentions >= 3 and 2 * reading.mentions > len(words):
         return "lists keywords"
+    if len(words) >= 4 and _FUNCTION_WORDS.isdisjoint(words):
+        return "is no sentence"
     return ""
 
 

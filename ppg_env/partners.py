@@ -31,11 +31,13 @@ class ScriptedPartner:
 
     Args:
         domain: whose script to speak.
-        noise: probability of being distracted in a turn; a distracted partner does not follow up, and
-            the next reply is worth half. More noise means noisier rewards, the same dependence length.
-        tempt_rate: probability of a leading question with a false presupposition; None = the domain's.
-        patience: evasive replies in a row after which the partner closes the dialogue; None = never,
-            which keeps the dependence length of the embedded worlds exact.
+        noise: probability of being distracted in a turn; a distracted partner does not follow up,
+            and the next reply is worth half. More noise means noisier rewards, the same dependence
+            length.
+        tempt_rate: probability of a leading question with a false presupposition; None = the
+            domain's.
+        patience: evasive replies in a row after which the partner closes the dialogue; None =
+            never, which keeps the dependence length of the embedded worlds exact.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class ScriptedPartner:
         return f"{picked_up} {self._tempt(transcript, rng)}".rstrip()
 
     def _followed_claim(self, transcript: Transcript) -> Claim | None:
-        """Return the claim of the last reply to follow up on: an unasked one before an asked one."""
+        """Return the claim of the last reply to follow up on, an unasked one first."""
         if not transcript.turns:
             return None
         last = transcript.turns[-1]
@@ -141,7 +143,7 @@ class ScriptedPartner:
         return [self.domain.by_name[name] for name in names] or list(self.domain.attributes)
 
     def _fresh_attributes(self, transcript: Transcript) -> list[Attribute]:
-        """Return what to ask about: this phase's attributes not yet asked, else any, else all again."""
+        """Return what to ask about: what is new in this phase, else anywhere, else all again."""
         read, facts = self.domain.lexicon.read, transcript.persona.facts
         askable = [a for a in self.domain.attributes if a.asked]
         askable = [a for a in askable if a.name in facts] or askable

@@ -3,8 +3,8 @@
     {"id": "chatting-0001", "domain": "chatting", "name": "Mia", "split": "train",
      "facts": {"job": "nurse", ...}, "traits": {}}
 
-`text` may be given instead of (or besides) `facts`; without it the domain words the facts. Bundled files
-hold 400 personas a domain; ppg_env/data/DATASHEET.md tells how they were made.
+`text` may be given instead of (or besides) `facts`; without it the domain words the facts. Bundled
+files hold 400 personas a domain; ppg_env/data/DATASHEET.md tells how they were made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 from .dialogue import Persona
@@ -53,7 +53,8 @@ def load_personas(
         on_error: "raise" reports every malformed line at once; "skip" returns the good ones.
 
     Raises:
-        PersonaFileError: names line and field of every malformed line and carries the good personas.
+        PersonaFileError: names line and field of every malformed line and carries the good
+            personas.
         FileNotFoundError: if there is no such file.
     """
     if on_error not in ("raise", "skip"):
@@ -134,7 +135,7 @@ def _choices(field: str, given: object, allowed: Mapping[str, Sequence[str]]) ->
     return dict(given)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _bundled(name: str) -> tuple[Persona, ...]:
     return load_personas(_DATA / f"{name}.jsonl", name)
 

@@ -1,17 +1,15 @@
 """The process of acts behind an embedded world: what each policy class CAN reach, computed exactly.
 
-With a scripted partner and the rule judge, a dialogue is a small Markov decision process: the state is
-what the domain's dynamics remember of earlier acts plus whether the partner is attentive, the action is
-the dialogue act of the reply. This module solves it by dynamic programming and follows the EXPECTED
-partial policy gradient of a tabular softmax policy; expectations are sums, nothing is sampled.
-
-    python -m ppg_env.process            # the table of limits for all domains
+With a scripted partner and the rule judge, a dialogue is a small Markov decision process: the state
+is what the domain's dynamics remember of earlier acts plus whether the partner is attentive, the
+action is the dialogue act of the reply. This module solves it by dynamic programming and follows
+the EXPECTED partial policy gradient of a tabular softmax policy; expectations are sums, nothing is
+sampled. `ppg limits` prints the table for all domains.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,7 +64,8 @@ class ActProcess:
     Args:
         dynamics: acts, start state, value and advance.
         num_turns: agent turns T.
-        noise: probability in [0, 1] that the partner is distracted in a turn, independent of everything.
+        noise: probability in [0, 1] that the partner is distracted in a turn, independent of
+            everything.
 
     A policy is an array policy_TSA of probabilities: turn, state, act. A state is a pair (what the
     dynamics remember, attentive), so a policy sees whether the partner is attentive, as a reader of
@@ -205,53 +204,3 @@ def _reachable(dynamics: Dynamics) -> list[Hashable]:
 def _softmax(logits: np.ndarray) -> np.ndarray:
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
-
-
-def _window(num_turns: int, k: int) -> np.ndarray:
-    """Return weight_TT of a policy class whose turns answer for the next k rewards."""
-    ahead_TT = np.arange(num_turns)[None, :] - np.arange(num_turns)[:, None]
-    return ((ahead_TT >= 0) & (ahead_TT < k)).astype(float)
-
-
-def _segments(num_turns: int, boundaries: Sequence[int]) -> np.ndarray:
-    """Return weight_TT of a policy class whose turns answer for the rest of their segment."""
-    segment_T = np.searchsorted(boundaries, np.arange(num_turns), side="right")
-    return np.triu(segment_T[:, None] == segment_T[None, :]).astype(float)
-
-
-def main() -> None:
-    """Print what each policy class can reach in each domain."""
-    from .domains import DOMAINS
-    from .personas import bundled_personas
-
-    parser = argparse.ArgumentParser(
-        prog="python -m ppg_env.process",
-        description="What ascent along each expected partial gradient reaches, as shares of the optimum.",
-    )
-    parser.add_argument("--turns", type=int, default=8, help="agent turns of a dialogue")
-    parser.add_argument(
-        "--noise", type=float, default=0.1, help="how often the partner is distracted"
-    )
-    args = parser.parse_args()
-
-    windows = {"Greedy": 1, "KStep(2)": 2, "KStep(3)": 3, "KStep(4)": 4, "Full": args.turns}
-    columns = ["optimum", "uniform", *windows, "Segment"]
-    print(
-        f"{args.turns} turns, noise {args.noise}: optimal mean reward per turn; shares of it reached by the "
-        "uniform policy and by each policy class (Segment: by the domain's phases)"
-    )
-    print(f"{'':<20}" + "".join(f"{column:>10}" for column in columns))
-    for domain in DOMAINS.values():
-        kinds = {domain.dynamics(p): " ".join(p.traits.values()) for p in bundled_personas(domain)}
-        segments_TT = _segments(args.turns, domain.phase_boundaries(args.turns))
-        for dynamics, kind in kinds.items():
-            process = ActProcess(dynamics, args.turns, args.noise)
-            optimum = process.optimal_value()
-            row = [optimum, process.value(process.uniform_policy()) / optimum]
-            row += [process.limit(_window(args.turns, k)).share for k in windows.values()]
-            row.append(process.limit(segments_TT).share)
-            print(f"{f'{domain.name} {kind}':<20}" + "".join(f"{number:>10.3f}" for number in row))
-
-
-if __name__ == "__main__":
-    main()

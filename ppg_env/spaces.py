@@ -1,7 +1,7 @@
 """Two Gymnasium spaces: any Unicode utterance, and a dialogue as chat messages.
 
-`gymnasium.spaces.Text` tests each character against an alphabet and so refuses blanks and emoji unless
-they are listed; `Utterance` takes any text that can be encoded, up to a length.
+`gymnasium.spaces.Text` tests each character against an alphabet and so refuses blanks and emoji
+unless they are listed; `Utterance` takes any text that can be encoded, up to a length.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _SAMPLE_WORDS = (
 class Utterance(gym.Space[str]):
     """Any Unicode text of 1 to `max_length` characters.
 
-    Excluded are blank text, NUL and lone surrogates, which tokenizers, files and terminals cannot carry.
+    Excluded are blank text, NUL and lone surrogates, which tokenizers, files and terminals cannot
+    carry.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class Utterance(gym.Space[str]):
             return "the utterance is empty; say something"
         if len(x) > self.max_length:
             return (
-                f"the utterance has {len(x)} characters, the action space allows {self.max_length}; "
-                "shorten it or make the environment with a larger max_utterance_length"
+                f"the utterance has {len(x)} characters, the action space allows "
+                f"{self.max_length}; shorten it or make the environment with a larger "
+                "max_utterance_length"
             )
         return None
 
@@ -58,7 +60,7 @@ class Utterance(gym.Space[str]):
         return self.problem(x) is None
 
     def sample(self, mask: Any = None, probability: Any = None) -> str:
-        """Return a few random words; `mask` and `probability` have no meaning here and are refused."""
+        """Return a few random words; `mask` and `probability` are refused."""
         if mask is not None or probability is not None:
             raise ValueError("Utterance.sample takes no mask or probability.")
         number = int(self.np_random.integers(1, 9))
@@ -91,7 +93,7 @@ class DialogueMessages(gym.Space[Messages]):
         super().__init__(shape=None, dtype=None, seed=seed)
 
     def contains(self, x: object) -> bool:
-        """Return whether `x` is a list of messages in the order system, user, assistant, user, ..."""
+        """Return whether `x` holds messages in the order system, user, assistant, user, ..."""
         if not isinstance(x, Sequence) or not 1 <= len(x) <= self.max_messages:
             return False
         for position, message in enumerate(x):

@@ -27,21 +27,25 @@ class PersonaDialogueVectorEnv(
 ):
     """N dialogues in step; slot i seeded with s is the single environment seeded with s.
 
-    Arguments are those of `World`, and `num_envs`. Observations are a tuple of N message lists, actions a
-    sequence of N strings.
+    Arguments are those of `World`, and `num_envs`. Observations are a tuple of N message lists,
+    actions a sequence of N strings.
 
-    Episodes do not start again by themselves (AutoresetMode.DISABLED): a finished slot stays as it is,
-    its action is ignored, its reward is 0 and it remains terminated, until it is reset:
+    Episodes do not start again by themselves (AutoresetMode.DISABLED): a finished slot stays as it
+    is, its action is ignored, its reward is 0 and it remains terminated, until it is reset:
 
         reset(options={"reset_mask": mask_N})            only the slots in the mask
-        reset(seed=7, options={"group_size": 8})         slots 0-7 share persona, opening and partner
-                                                         seed, so do 8-15, ...; group k is seeded 7 + k
+        reset(seed=7, options={"group_size": 8})         slots 0-7 share persona, opening and
+                                                         partner seed, so do 8-15, ...; group k is
+                                                         seeded 7 + k
         reset(options={"persona": id | Persona | [N of them], "history": messages | [N of them]})
 
     `infos` follows Gymnasium's convention: key -> array of length N, "_key" -> where it holds.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}
+    metadata = {
+        "render_modes": [],
+        "autoreset_mode": AutoresetMode.DISABLED,
+    }
 
     def __init__(
         self,
@@ -101,8 +105,8 @@ class PersonaDialogueVectorEnv(
         """Start dialogues in all slots or in those of the mask; see the class docstring.
 
         Args:
-            seed: an int s seeds slot i with s + i (group k with s + k); a sequence seeds each slot; None
-                goes on with each slot's generator.
+            seed: an int s seeds slot i with s + i (group k with s + k); a sequence seeds each slot;
+                None goes on with each slot's generator.
             options: see the class docstring.
         """
         options = check_options(options, _OPTIONS)
@@ -134,7 +138,8 @@ class PersonaDialogueVectorEnv(
 
         Raises:
             ResetNeeded: before the first reset.
-            ValueError: for a wrong number of actions or one outside the action space; nothing has changed.
+            ValueError: for a wrong number of actions or one outside the action space; nothing has
+                changed.
         """
         dialogues = self._running()
         if isinstance(actions, str) or len(actions) != self.num_envs:
@@ -173,7 +178,8 @@ class PersonaDialogueVectorEnv(
             return np.ones(self.num_envs, dtype=bool)
         if not isinstance(mask, np.ndarray) or mask.dtype != bool or mask.shape != (self.num_envs,):
             raise ValueError(
-                f"options['reset_mask'] is a bool array of shape ({self.num_envs},), got {mask!r:.80}"
+                f"options['reset_mask'] is a bool array of shape ({self.num_envs},), "
+                f"got {mask!r:.80}"
             )
         if not mask.any():
             raise ValueError("options['reset_mask'] selects no slot; set at least one entry.")
@@ -204,7 +210,7 @@ class PersonaDialogueVectorEnv(
     def _dialogue_seeds(
         self, slots: np.ndarray, seeds: Sequence[int | None], leader_N: np.ndarray
     ) -> list[int]:
-        """Return the dialogue seed of each slot to reset; members of a group get their first one's."""
+        """Return the dialogue seed of each slot to reset; a group shares its first one's."""
         drawn: dict[int, int] = {}
         result = []
         for slot in slots:
@@ -241,7 +247,8 @@ class PersonaDialogueVectorEnv(
     def _step_infos(
         self, slots: Sequence[int], dialogues: Sequence[Dialogue], verdicts: Sequence[Verdict]
     ) -> dict[str, Any]:
-        """Return what `_add_info` over `World.step_info` would, column by column and so much faster.
+        """Return what `_add_info` over `World.step_info` would, column by column and so much
+        faster.
 
         A reward part that does not apply (None in the single environment) is NaN.
         """

@@ -1,7 +1,8 @@
 """The dialogue engine that both environments share: begin dialogues, advance them, many at a time.
 
-One step of a batch is one judge call and one partner call. A dialogue carries its own random generator,
-made from its own seed, so it depends on that seed and on what the agent says, never on its batch.
+One step of a batch is one judge call and one partner call. A dialogue carries its own random
+generator, made from its own seed, so it depends on that seed and on what the agent says, never on
+its batch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from .dialogue import Farewell, Message, Messages, Persona, Transcript, Turn, Verdict
-from .dialogue import turns_from_messages
+from .dialogue import (
+    Farewell,
+    Message,
+    Messages,
+    Persona,
+    Transcript,
+    Turn,
+    Verdict,
+    turns_from_messages,
+)
 from .domains import Domain, get_domain
 from .judges import Judge, RuleJudge
 from .partners import Partner, ScriptedPartner
@@ -48,13 +57,15 @@ class World:
 
     Args:
         domain: a name or a Domain.
-        personas: None (bundled training split), a split name, "all", a JSONL path, or Persona objects.
+        personas: None (bundled training split), a split name, "all", a JSONL path, or Persona
+            objects.
         partner: "scripted" or a Partner.
         judge: "rules" or a Judge.
         max_turns: agent turns after which a dialogue ends.
         noise: how often the scripted partner is distracted, a probability.
         max_utterance_length: characters an agent's line may have.
-        unscorable_reward: reward of a turn that the judge cannot score; NaN leaves it to the learner.
+        unscorable_reward: reward of a turn that the judge cannot score; NaN leaves it to the
+            learner.
     """
 
     def __init__(
@@ -116,7 +127,11 @@ class World:
             self._prepare(seed, persona, history)
             for seed, persona, history in zip(seeds, personas, histories, strict=True)
         ]
-        self._partner_speaks([d for d in dialogues if d.transcript.pending is None])
+        silent = [d for d in dialogues if d.transcript.pending is None]
+        lines = self._partner_lines([d.transcript for d in silent], [d.rng for d in silent])
+        for dialogue, line in zip(silent, lines, strict=True):
+            dialogue.transcript = dialogue.transcript.with_partner_line(line)
+            dialogue.over = isinstance(line, Farewell)
         return dialogues
 
     def _prepare(
@@ -144,8 +159,10 @@ class World:
 
         Dialogues are changed in place; `over` is True where the episode has terminated.
 
+        If judge or partner raise, no dialogue has changed, and the step can be tried again.
+
         Raises:
-            ValueError: for an utterance outside the action space; no dialogue has changed then.
+            ValueError: for an utterance outside the action space.
         """
         for utterance in utterances:
             problem = self.action_space.problem(utterance)
@@ -156,22 +173,21 @@ class World:
             for dialogue, utterance in zip(dialogues, utterances, strict=True)
         ]
         verdicts = self.judge(replied)
-        waiting = []
+        going_on = [i for i, t in enumerate(replied) if len(t.turns) < self.max_turns]
+        lines = self._partner_lines(
+            [replied[i] for i in going_on], [dialogues[i].rng for i in going_on]
+        )
         for dialogue, transcript in zip(dialogues, replied, strict=True):
-            dialogue.transcript = transcript
-            dialogue.over = len(transcript.turns) >= self.max_turns
-            if not dialogue.over:
-                waiting.append(dialogue)
-        self._partner_speaks(waiting)
+            dialogue.transcript, dialogue.over = transcript, True
+        for i, line in zip(going_on, lines, strict=True):
+            dialogues[i].transcript = replied[i].with_partner_line(line)
+            dialogues[i].over = isinstance(line, Farewell)
         return verdicts
 
-    def _partner_speaks(self, dialogues: Sequence[Dialogue]) -> None:
-        if not dialogues:
-            return
-        lines = self.partner([d.transcript for d in dialogues], [d.rng for d in dialogues])
-        for dialogue, line in zip(dialogues, lines, strict=True):
-            dialogue.transcript = dialogue.transcript.with_partner_line(line)
-            dialogue.over = isinstance(line, Farewell)
+    def _partner_lines(
+        self, transcripts: Sequence[Transcript], rngs: Sequence[np.random.Generator]
+    ) -> list[str]:
+        return self.partner(transcripts, rngs) if transcripts else []
 
     def reward(self, verdict: Verdict) -> float:
         """Return the verdict's reward; an unscorable turn has the world's unscorable_reward."""

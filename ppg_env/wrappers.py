@@ -14,8 +14,8 @@ from .env import PersonaDialogueEnv
 class DiscreteReply(gym.Wrapper[Messages, np.int64, Messages, str]):
     """A menu of dialogue acts instead of free text: action i performs `acts[i]` in words.
 
-    The sentences are the domain's own phrasings with the persona's facts, never one already said. With
-    this view the dialogue IS the process of acts in ppg_env.process.
+    The sentences are the domain's own phrasings with the persona's facts, never one already said.
+    With this view the dialogue IS the process of acts in ppg_env.process.
 
     Args:
         env: a PersonaDialogue-v0 environment (possibly wrapped).

@@ -135,7 +135,10 @@ def test_all_held_out_personas_take_part_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize("num_envs", [1, 4, 5, 12, 20])
 def test_the_number_of_slots_and_its_padding_change_nothing(num_envs: int) -> None:
-    found, expected = evaluated(num_envs, episodes_per_persona=2), evaluated(3, episodes_per_persona=2)
+    found, expected = (
+        evaluated(num_envs, episodes_per_persona=2),
+        evaluated(3, episodes_per_persona=2),
+    )
     assert found.transcripts == expected.transcripts
     assert found.metrics == expected.metrics
     assert found.persona_reward == expected.persona_reward
@@ -180,7 +183,9 @@ class OnlyPredict:
 
 
 @pytest.mark.parametrize(
-    "policy", [OnlyPredict(), RandomPolicy(LINES, seed=0), tiny_policy()], ids=lambda p: type(p).__name__
+    "policy",
+    [OnlyPredict(), RandomPolicy(LINES, seed=0), tiny_policy()],
+    ids=lambda p: type(p).__name__,
 )
 def test_whatever_can_predict_can_be_evaluated(policy: Any) -> None:
     envs = worlds()

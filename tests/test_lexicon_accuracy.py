@@ -25,8 +25,8 @@ from ppg_env.domains import get_domain
 LINES = Path(__file__).parent / "data" / "handwritten_lines.jsonl"
 DOMAIN_NAMES = ("chatting", "therapy", "education")
 INFERRED = {"explain": "topic", "ask": "style"}
-"""Claims that follow from an act by the domain's definition (explaining a topic claims it as one's own,
-asking for a way of learning claims that way): right if the act is, so not counted a second time."""
+"""Claims that follow from an act by the domain's definition: explaining a topic claims it as one's
+own, asking for a way of learning claims that way. Right if the act is, so not counted again."""
 LEAST_PRECISION = 0.9
 LEAST_RECALL = 0.8
 LEAST_ACT_ACCURACY = 0.8

@@ -1,6 +1,5 @@
 import itertools
 import math
-import sys
 from functools import cache
 
 import gymnasium as gym
@@ -9,7 +8,7 @@ import pytest
 from speakers import DOMAIN_NAMES
 
 from ppg_env import DOMAINS, ActProcess, DiscreteReply, PersonaDialogueEnv, bundled_personas
-from ppg_env.process import DISTRACTED_FACTOR, main, turn_value
+from ppg_env.process import DISTRACTED_FACTOR, turn_value
 
 PERSONAS = {
     "chatting": [bundled_personas("chatting")[0]],
@@ -84,16 +83,6 @@ def test_every_class_ends_above_the_uniform_policy_and_below_the_optimum(domain)
     assert uniform < share(domain, GREEDY) * process.optimal_value()
     assert share(domain, FULL) <= 1.0 + 1e-12
     assert share(domain, FULL) > 0.95
-
-
-def test_the_table_of_limits_names_every_domain_and_class(capsys, monkeypatch):
-    monkeypatch.setattr(ActProcess, "ascend", lambda process, weight_TT: process.uniform_policy())
-    monkeypatch.setattr(sys, "argv", ["process", "--turns", "4", "--noise", "0.2"])
-    main()
-    table = capsys.readouterr().out
-    assert "4 turns, noise 0.2" in table
-    for word in (*DOMAIN_NAMES, "guarded", "open", "Greedy", "KStep(3)", "Segment", "Full"):
-        assert word in table
 
 
 # ---- the dynamic programme -----------------------------------------------------------------------

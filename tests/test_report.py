@@ -141,7 +141,7 @@ def test_the_drift_plot_shows_every_methods_reward_by_turn() -> None:
     for axis, domain in zip(figure.axes, DOMAINS, strict=True):
         for line in axis.get_lines():
             cell = Cell(domain, str(line.get_label()))
-            assert line.get_ydata() == results[cell]["reward_T"]
+            assert list(line.get_ydata()) == results[cell]["reward_T"]
         assert [line.get_label() for line in axis.get_lines()] == [UNTRAINED, *METHODS]
 
 

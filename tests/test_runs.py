@@ -127,7 +127,10 @@ def test_a_folder_whose_making_was_cut_short_can_be_used_again(
 
 
 def test_transcripts_come_back_as_they_were_said(tmp_path: Path) -> None:
-    said = [[{"role": "user", "content": "Grüße 🙂\nzwei Zeilen"}], [{"role": "user", "content": "No."}]]
+    said = [
+        [{"role": "user", "content": "Grüße 🙂\nzwei Zeilen"}],
+        [{"role": "user", "content": "No."}],
+    ]
     RunFolder(tmp_path, SETTINGS).write_transcripts(said, [[0.5, 1.0], []])
     assert read_transcripts(tmp_path) == [
         {"messages": said[0], "rewards": [0.5, 1.0]},

@@ -2,8 +2,8 @@
 
 python -m ppg_env.data.make
 
-Values are drawn independently and uniformly for each attribute; two personas of a domain never share
-all their facts. 400 a domain: 300 train, 40 validation, 60 test, split by persona.
+Values are drawn independently and uniformly for each attribute; two personas of a domain never
+share all their facts. 400 a domain: 300 train, 40 validation, 60 test, split by persona.
 """
 
 from __future__ import annotations

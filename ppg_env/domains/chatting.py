@@ -1,7 +1,7 @@
 """Chatting: two strangers get acquainted; dependence length m = 2.
 
-Volunteering a true detail that nobody asked for costs a little now; an attentive partner picks it up, and
-the next in-character turn is worth more.
+Volunteering a true detail that nobody asked for costs a little now; an attentive partner picks it
+up, and the next in-character turn is worth more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The shape of a domain: attributes a persona can have, how both sides speak of them, what acts are worth.
+"""The shape of a domain: attributes a persona can have, how both sides speak of them, what acts are
+worth.
 
-A domain is mostly data. `Domain` itself is a complete small world (answers are worth 1, evasions and
-contradictions 0); chatting, education and therapy override how an act is read, spoken and valued.
+A domain is mostly data. `Domain` itself is a complete small world (answers are worth 1, evasions
+and contradictions 0); chatting, education and therapy override how an act is read, spoken and
+valued.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ OPENERS = ("", "", "", "Well, ", "Honestly, ", "Oh, ")
 CORRECTIONS = ("No, ", "Actually, ", "Not really, ")
 AGREEMENTS = ("Yes, ", "Of course, ", "Exactly, ")
 REPEAT_OVERLAP = 0.8
+_FILLERS = frozenset("well honestly oh hm so no yes actually exactly and but yeah".split())
 
 
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -70,7 +73,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the dialogue: its name, share of the turns, and what the partner asks about in it."""
+    """A stretch of the dialogue: its name, share of the turns, what the partner asks about."""
 
     name: str
     share: float
@@ -112,7 +115,8 @@ class Domain:
         setting: first sentence of the system message.
         attributes: what personas are made of; every persona has one value of each.
         openings: the partner's first lines; may hold {attribute} for a fact of the persona.
-        open_questions: questions that leave the topic to the agent; used instead of `asked` if given.
+        open_questions: questions that leave the topic to the agent; used instead of `asked` if
+            given.
         distractions: how a distracted partner begins; read as the mark "distracted".
         evasions: lines that answer nothing; also what the scripted speaker says to evade.
         phases: stretches of the dialogue whose shares add up to 1.
@@ -204,7 +208,7 @@ class Domain:
         return "distracted" not in self.lexicon.read(partner_line).marks
 
     def interpret(self, persona: Persona, partner_line: str, agent_line: str) -> Interpretation:
-        """Return act and claims of `agent_line` as a reply to `partner_line`. Pure, and remembered."""
+        """Return act and claims of `agent_line` in reply to `partner_line`. Pure, remembered."""
         key = (persona, partner_line, agent_line)
         known = self._interpretations.get(key)
         if known is None:
@@ -310,20 +314,25 @@ class Domain:
         return prefixed(choose(rng, OPENERS), said)
 
     def repeats(self, line: str, earlier: Sequence[str]) -> bool:
-        """Return whether `line` says again what one of the `earlier` lines said, nearly word by word."""
+        """Return whether `line` says what one of the `earlier` lines said, nearly word by word."""
         reading = self.lexicon.read(line)
         words, pairs = reading.words, reading.pairs
         for other in earlier:
             past = self.lexicon.read(other)
-            if words == past.words:
+            if words == past.words or _without_filler(words) == _without_filler(past.words):
                 return True
             if len(words) >= 4 and len(pairs & past.pairs) >= REPEAT_OVERLAP * len(pairs):
                 return True
         return False
 
 
+def _without_filler(words: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the words after a leading "well", "no", "honestly", ..."""
+    return words[1:] if len(words) > 1 and words[0] in _FILLERS else words
+
+
 def prefixed(prefix: str, sentence: str) -> str:
-    """Return the sentence after a prefix that ends in a comma, with its first letter lowered unless "I"."""
+    """Return prefix and sentence, the sentence's first letter lowered unless it is an "I"."""
     if not prefix or sentence.startswith(("I ", "I'")):
         return prefix + sentence
     return prefix + sentence[0].lower() + sentence[1:]

@@ -1,7 +1,7 @@
 """Education: a student learns from a teacher; dependence length m = T.
 
-Admitting confusion, or asking in one's own way of learning, earns less now and raises mastery; mastery
-raises the value of every later explanation.
+Admitting confusion, or asking in one's own way of learning, earns less now and raises mastery;
+mastery raises the value of every later explanation.
 """
 
 from __future__ import annotations

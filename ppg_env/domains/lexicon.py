@@ -1,19 +1,21 @@
 """Reading a line: which claims it makes about its speaker, what it asks, whether it agrees.
 
-A lexicon is the surface forms of a domain's attribute values ("cat", "cats", "kitten" -> pet=cat), the
-cue words by which a question about an attribute is recognised, and a few named marks ("confusion",
-"request", "distracted"). Reading is one pass over the words, by these rules:
+A lexicon is the surface forms of a domain's attribute values ("cat", "cats", "kitten" -> pet=cat),
+the cue words by which a question about an attribute is recognised, and a few named marks
+("confusion", "request", "distracted"). Reading is one pass over the words, by these rules:
 
-1. A value that is mentioned in a statement is a claim about the speaker, unless the nearest subject word
-   before it in the clause is the listener (you, your) or a third person (she, my sister, people).
-2. A negator earlier in the clause (not, n't, never, no, hate ...) makes it a negative claim. A clause ends
-   at punctuation and at but/because/so/...; a new "I" also ends the reach of a negator.
-3. No claim: questions, text in double quotes, wishes, hypotheticals and what is over (would, wish, used
-   to, if, until ...). A tag question ("I have a cat, right?") is a statement; a value that is asked back
-   and then denied ("A dog? No, never") is a negative claim.
-4. A line that opens with assent (yes, exactly, of course ...) adopts what the partner's line presupposes
-   about the listener; one that opens with denial (no, not really ...) denies it. What the line itself
-   says about the attribute goes before both, save that a denying line denies what it names again.
+1. A value that is mentioned in a statement is a claim about the speaker, unless the nearest subject
+   word before it in the clause is the listener (you, your) or a third person (she, my sister,
+   people).
+2. A negator earlier in the clause (not, n't, never, no, hate ...) makes it a negative claim. A
+   clause ends at punctuation and at but/because/so/...; a new "I" also ends the reach of a negator.
+3. No claim: questions, text in double quotes, wishes, hypotheticals and what is over (would, wish,
+   used to, if, until ...). A tag question ("I have a cat, right?") is a statement; a value that is
+   asked back and then denied ("A dog? No, never") is a negative claim.
+4. A line that opens with assent (yes, exactly, of course ...) adopts what the partner's line
+   presupposes about the listener; one that opens with denial (no, not really ...) denies it. What
+   the line itself says about the attribute goes before both, save that a denying line denies what
+   it names again.
 
 These rules are precise on plain sentences and blind to irony, metaphor and long-range reference;
 tests/test_lexicon.py reports precision and recall on lines that were not used to write them.
@@ -45,16 +47,17 @@ _THIRD = frozenset(
     "he he's she she's they they're they've his her their someone somebody everyone "
     "everybody people others nobody one's who whose "
     "sister sisters brother brothers mother father mom mum dad parents friend friends neighbour "
-    "neighbours neighbor neighbors wife husband boyfriend girlfriend boss colleague colleagues cousin "
-    "uncle aunt grandmother grandfather grandma grandpa son daughter kids roommate flatmate classmate "
-    "classmates sister's brother's mother's father's mom's dad's friend's neighbour's neighbor's "
-    "wife's husband's boss's cousin's uncle's aunt's roommate's".split()
+    "neighbours neighbor neighbors wife husband boyfriend girlfriend boss colleague colleagues "
+    "cousin uncle aunt grandmother grandfather grandma grandpa son daughter kids roommate flatmate "
+    "classmate classmates sister's brother's mother's father's mom's dad's friend's neighbour's "
+    "neighbor's wife's husband's boss's cousin's uncle's aunt's roommate's".split()
 )
 _NEGATORS = frozenset(
     "not never no none neither nor without cannot hate dislike detest avoid instead hardly except "
-    "isn't aren't ain't wasn't weren't don't doesn't didn't haven't hasn't hadn't can't couldn't won't "
-    "wouldn't shouldn't mustn't mightn't needn't "
-    "isnt arent aint wasnt werent dont doesnt didnt havent hasnt hadnt cant couldnt wont wouldnt".split()
+    "isn't aren't ain't wasn't weren't don't doesn't didn't haven't hasn't hadn't can't couldn't "
+    "won't wouldn't shouldn't mustn't mightn't needn't "
+    "isnt arent aint wasnt werent dont doesnt didnt havent hasnt hadnt cant couldnt wont "
+    "wouldnt".split()
 )
 _HYPOTHETICAL = frozenset(
     "would i'd wish wished if used someday could might maybe want wanted hope dream dreamed "
@@ -69,9 +72,9 @@ _ASSENT_ALONE = (
     "you bet|you got me|guilty|spot on|i sure do|true enough"
 )
 _AFFIRMING = (
-    "never got over|not over|can't stop|cannot stop|can't forget|cannot forget|never forget|not only|"
-    "can't help|can't wait|no doubt|can't get enough|can't live without|cannot live without|never tire of|"
-    "would say|i'd say|not just"
+    "never got over|not over|can't stop|cannot stop|can't forget|cannot forget|never forget|"
+    "not only|can't help|can't wait|no doubt|can't get enough|can't live without|"
+    "cannot live without|never tire of|would say|i'd say|not just"
 )
 """Negators and hypotheticals in form only: skipped as a whole."""
 _DENIAL = "no|nope|nah|not really|not at all|not quite|not exactly|that's not|that's wrong|wrong"
@@ -284,7 +287,8 @@ class Lexicon:
 def _afterwards(tokens: list[str], i: int, end: int, subject: str) -> tuple[str, bool, bool]:
     """Return (subject, denied, over) as the words after a mention, which ends before i, show them.
 
-    "a friend betrayed me" is about me; "stories don't help" denies; "I had a dog until ..." is over.
+    "a friend betrayed me" is about me; "stories don't help" denies; "I had a dog until ..." is
+    over.
     """
     if i >= end:
         return subject, False, False
@@ -360,7 +364,7 @@ def _negative(claim: Claim) -> Claim:
 
 
 def resolve_claims(agent: Reading, partner: Reading) -> tuple[Claim, ...]:
-    """Return all claims of the agent's line, with what it adopts or denies of the partner's line (rule 4)."""
+    """Return the agent's claims, with what it adopts or denies of the partner's line (rule 4)."""
     if not (agent.assents or agent.denies) or not partner.about_listener:
         return agent.claims
     claims = agent.claims

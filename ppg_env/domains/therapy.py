@@ -1,8 +1,8 @@
 """Therapy: a patient opens up to a therapist; dependence length m = 3.
 
-What a line discloses has a depth: surface (job, pastime), gradual (symptom, feeling), deep (cause, fear).
-Going deep at once is rewarded now and spoils the two turns after it; gradual steps first make the deep
-one worth most. A guarded patient needs two gradual steps, an open one needs one.
+What a line discloses has a depth: surface (job, pastime), gradual (symptom, feeling), deep (cause,
+fear). Going deep at once is rewarded now and spoils the two turns after it; gradual steps first
+make the deep one worth most. A guarded patient needs two gradual steps, an open one needs one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,107 @@
+"""What the README and the examples show is what runs."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+README = ROOT / "README.md"
+NOTEBOOK = EXAMPLES / "03_compare_policy_classes.ipynb"
+
+
+def run_example(name: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_example_shows_one_dialogue() -> None:
+    lines = run_example("01_one_dialogue.py").splitlines()
+    assert sum(("patient" in line and "[0." in line) or "[1." in line for line in lines) == 8
+    assert re.search(r"mean reward 0\.\d\d over 8 turns as therapy-", lines[-1])
+
+
+def test_the_second_example_tells_an_honest_agent_from_a_yes_sayer() -> None:
+    rewards = dict(
+        re.findall(r"^(.+): mean reward (\d\.\d\d)$", run_example("02_your_own_agent.py"), re.M)
+    )
+    assert rewards.keys() == {"honest agent", "yes-sayer"}
+    assert float(rewards["honest agent"]) > float(rewards["yes-sayer"]) + 0.2
+
+
+def test_a_domain_of_ones_own_takes_less_than_thirty_lines() -> None:
+    tree = ast.parse((EXAMPLES / "02_your_own_agent.py").read_text(encoding="utf-8"))
+    parts = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(
+            isinstance(call, ast.Call)
+            and isinstance(call.func, ast.Name)
+            and call.func.id in ("Attribute", "Domain", "Persona")
+            for call in ast.walk(node)
+        )
+    ]
+    names = [target.id for node in parts for target in node.targets if isinstance(target, ast.Name)]
+    assert names == ["INSTRUMENT", "ORCHESTRA", "PERSONAS"]
+    assert sum(node.end_lineno - node.lineno + 1 for node in parts if node.end_lineno) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook has not been written yet")
+def test_every_cell_of_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    kernel = {"resources": {"metadata": {"path": str(tmp_path)}}, "timeout": 150}
+    nbclient.NotebookClient(notebook, kernel_name="python3", **kernel).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert cells and all(cell.execution_count for cell in cells)
+    for cell in cells:
+        assert not [output for output in cell.outputs if output.output_type == "error"]
+
+
+def readme_blocks() -> list[str]:
+    if not README.exists():
+        return []
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+    return [block for block in blocks if "no-test" not in block]
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README has not been written yet")
+def test_the_readme_shows_python() -> None:
+    assert readme_blocks()
+
+
+@pytest.mark.parametrize("block", readme_blocks(), ids=lambda block: block.strip().splitlines()[0])
+def test_python_in_the_readme_runs(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what it writes is thrown away
+    registered = dict(gym.registry)
+    try:
+        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    finally:
+        gym.registry.clear()
+        gym.registry.update(registered)
