@@ -22,6 +22,7 @@ _DANGLING = frozenset(
     "my your his her their our its this that these those i we it's i'm very".split()
 )
 _FUNCTION_WORDS = frozenset(
+    "maybe nothing something always never another "
     "a about after all am an and any are as at be been but by can did do does for from get got "
     "had has have he her here how i i'd i'll i'm i've if in into is it it's its just like many me "
     "more most my no not of off on or our out over she so some still than that that's the their "
