@@ -170,14 +170,18 @@ def _shares(
 def _one_thread() -> None:
     """Keep processes out of each other's way: one torch thread each, Ctrl-C left to the parent.
 
-    Bars for loading and saving weights would be drawn into the parent's.
+    Bars for loading and saving weights would be drawn into the parent's. tqdm's own lock would be
+    a semaphore shared between processes, which a process that is stopped leaves behind.
     """
     import signal
+    import threading
 
     import torch
+    from tqdm import tqdm
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -32,10 +32,11 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return e.g. "0.412 [0.391, 0.433]"."""
-        return f"{self:.3f}"
+        return f"{self}"
 
     def __format__(self, spec: str) -> str:
-        """Return mean and bounds, each formatted by `spec`."""
+        """Return mean and bounds, each formatted by `spec`, else with three decimals."""
+        spec = spec or ".3f"
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 

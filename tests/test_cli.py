@@ -1,11 +1,14 @@
-"""The command line: every command runs, says what it wrote, and answers slips with one clear line."""
+"""The command line: every command runs, says what it wrote, answers slips with one clear line."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,12 +21,14 @@ ROOT = Path(__file__).parent.parent
 TINY = ("--updates", "1", "--episodes", "4", "--group-size", "2", "--eval-episodes", "1")
 
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
 def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(
         [sys.executable, "-m", "agents.cli", *arguments],
         cwd=ROOT,
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -86,6 +91,7 @@ def test_help_lists_the_commands() -> None:
         ("train", ["--domain", "--credit", "--model", "--total-timesteps", "--kl-coef"]),
         ("evaluate", ["--agent", "--personas", "--episodes", "--deterministic"]),
         ("play", ["--domain", "--persona", "--max-turns", "--seed"]),
+        ("limits", ["--domains", "--credits", "--max-turns", "--noise"]),
     ],
 )
 def test_every_command_explains_its_flags(
@@ -127,6 +133,51 @@ def test_ctrl_c_in_the_demo_tells_how_to_go_on(
     monkeypatch.setattr(cli, "compare", interrupted)
     assert terminal.run("demo", "--domains", "therapy") == 130
     assert "Finished cells are kept; the same command goes on" in terminal.words
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_real_terminal_stops_everything_and_the_same_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    budget = ("--updates", "1000000", *TINY[2:], "--max-turns", "1", "--workers", "2")
+    command = ("demo", "--run", str(tmp_path), "--domains", "chatting", "--methods", "greedy")
+    finished = tmp_path / "chatting" / "untrained" / "result.json"
+    learning = tmp_path / "chatting" / "greedy" / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agents.cli", *command, *budget],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (finished.exists() and learning.exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as the terminal does, children included
+        shown, _ = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Finished cells are kept; the same command goes on" in " ".join(shown.split())
+    assert "Traceback" not in shown and "Warning" not in shown
+    assert finished.exists() and not (learning.parent / "result.json").exists()
+    size = learning.stat().st_size
+    time.sleep(0.5)
+    assert learning.stat().st_size == size  # nobody learns on
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def test_limits_are_shares_of_the_optimum(terminal: Terminal) -> None:
+    few = ("--domains", "chatting", "--credits", "greedy", "full", "--max-turns", "3")
+    assert terminal.run("limits", *few) == 0
+    shares = [float(number) for number in re.findall(r"\d\.\d{3}", terminal.output)]
+    assert len(shares) == 4  # the optimum, then uniform, greedy and full as shares of it
+    assert 0 < shares[1] < shares[2] < shares[3] <= 1
 
 
 # --- train and evaluate ---------------------------------------------------------------------------
@@ -211,6 +262,8 @@ def test_a_named_persona_is_played(terminal: Terminal) -> None:
         ("train --credit kstpe:3", "Did you mean"),
         ("train --credit kstep:0", "kstep:0"),
         ("demo --methods fulll", "full"),
+        ("limits --domains therapie", "Unknown domain 'therapie'. Did you mean 'therapy'?"),
+        ("limits --credits gredy", "'greedy'"),
         ("train --personas tset", "Unknown split 'tset'. Did you mean 'test'?"),
         ("train --episodes 6 --group-size 4", "group_size must divide num_envs=6, got 4"),
         ("play --persona therapy-000", "Unknown persona id 'therapy-000'. Nearest: therapy-0"),

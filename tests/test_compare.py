@@ -181,7 +181,7 @@ def test_an_unknown_method_fails_before_any_work_with_a_list(
 
 def test_an_unknown_model_fails_before_any_work(config: CompareConfig, tmp_path: Path) -> None:
     c = replace(config, run=str(tmp_path / "run"), model="nanoo")
-    with pytest.raises(ValueError, match="'nanoo'. Did you mean 'nano'"):
+    with pytest.raises(ValueError, match=r"'nanoo'\. Did you mean 'nano'"):
         compare(c)
     assert not (tmp_path / "run").exists()
 
@@ -191,5 +191,5 @@ def test_a_run_under_another_budget_is_refused_with_the_difference(
 ) -> None:
     c = replace(config, run=str(tmp_path))
     run_cell(Cell("chatting", UNTRAINED), c)
-    with pytest.raises(FileExistsError, match="learning_rate is 0.0005 there and 0.1 now"):
+    with pytest.raises(FileExistsError, match=r"learning_rate is 0\.0005 there and 0\.1 now"):
         run_cell(Cell("chatting", UNTRAINED), replace(c, learning_rate=0.1))

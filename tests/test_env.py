@@ -537,3 +537,21 @@ def test_own_partners_and_judges_are_called_with_transcripts():
     assert env.step("x" * 50)[1] == 0.5
     assert env.step("x" * 20)[1] == 0.2
     assert seen == [[0], [1]]
+
+
+def test_a_step_that_failed_on_the_partners_side_can_be_tried_again():
+    calls = []
+
+    def shaky_partner(transcripts, rngs):
+        calls.append(len(transcripts))
+        if len(calls) == 2:
+            raise ConnectionError("the line dropped")
+        return ["And then?"] * len(transcripts)
+
+    env = gym.make("PersonaDialogue-v0", partner=shaky_partner, max_turns=3)
+    before, _ = env.reset(seed=0)
+    with pytest.raises(ConnectionError):
+        env.step("I live by the sea.")
+    assert env.unwrapped.world.observe(env.unwrapped._dialogue) == before
+    after, *_ = env.step("I live by the sea.")
+    assert [message["content"] for message in after[-2:]] == ["I live by the sea.", "And then?"]

@@ -72,7 +72,9 @@ def test_values_that_are_missing_are_left_out_and_one_value_has_no_interval() ->
 
 
 def test_an_estimate_reads_as_a_mean_with_its_interval() -> None:
-    assert str(Estimate(0.4123, 0.3911, 0.4333)) == "0.412 [0.391, 0.433]"
+    estimate = Estimate(0.4123, 0.3911, 0.4333)
+    assert str(estimate) == f"{estimate}" == "0.412 [0.391, 0.433]"
+    assert f"{estimate:+.1f}" == "+0.4 [+0.4, +0.4]"
 
 
 def test_pairing_takes_the_personas_both_have_and_is_narrower_than_comparing_means() -> None:

@@ -158,6 +158,14 @@ def test_saying_it_again_in_nearly_the_same_words_is_found(first, again, repeate
     assert (found.reward == 0.0) == repeated
 
 
+def test_a_topic_word_among_other_words_is_no_explanation():
+    world = environment("education").world
+    student = next(p for p in world.personas if p.facts["topic"] == "fractions")
+    (found,) = world.judge([transcript(("Why?", "Fractions banana shoe table."), persona=student)])
+    assert found.reward == 0.0
+    assert "no sentence" in found.reason
+
+
 @pytest.mark.parametrize("domain", DOMAIN_NAMES)
 def test_every_honest_line_is_well_formed(domain):
     env = environment(domain)

@@ -1,4 +1,4 @@
-"""The report: the table, what it says of the gaps, plots and dialogues, from a made-up comparison."""
+"""The report: table, what it says of the gaps, plots and dialogues, from a made-up comparison."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def test_another_run_is_refused_and_the_difference_named(tmp_path: Path) -> None
     RunFolder(tmp_path, SETTINGS)
     with pytest.raises(FileExistsError, match="updates is 3 there and 4 now"):
         RunFolder(tmp_path, {**SETTINGS, "updates": 4})
-    with pytest.raises(FileExistsError, match="noise is None there and 0.1 now"):
+    with pytest.raises(FileExistsError, match=r"noise is None there and 0\.1 now"):
         RunFolder(tmp_path, {**SETTINGS, "noise": 0.1})
 
 
@@ -49,7 +49,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(PermissionError, match="Cannot make the run folder .*file/run"):
+    with pytest.raises(PermissionError, match=r"Cannot make the run folder .*file/run"):
         RunFolder(tmp_path / "file" / "run", SETTINGS)
 
 
@@ -58,7 +58,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     if os.access(tmp_path, os.W_OK):
         pytest.skip("this user can write anywhere")
     try:
-        with pytest.raises(PermissionError, match="Cannot write to .* choose another"):
+        with pytest.raises(PermissionError, match=r"Cannot write to .* choose another"):
             RunFolder(tmp_path, SETTINGS)
     finally:
         tmp_path.chmod(0o700)

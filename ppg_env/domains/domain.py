@@ -27,7 +27,6 @@ OPENERS = ("", "", "", "Well, ", "Honestly, ", "Oh, ")
 CORRECTIONS = ("No, ", "Actually, ", "Not really, ")
 AGREEMENTS = ("Yes, ", "Of course, ", "Exactly, ")
 REPEAT_OVERLAP = 0.8
-_FILLERS = frozenset("well honestly oh hm so no yes actually exactly and but yeah".split())
 
 
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -319,16 +318,11 @@ class Domain:
         words, pairs = reading.words, reading.pairs
         for other in earlier:
             past = self.lexicon.read(other)
-            if words == past.words or _without_filler(words) == _without_filler(past.words):
+            if reading.core == past.core:
                 return True
             if len(words) >= 4 and len(pairs & past.pairs) >= REPEAT_OVERLAP * len(pairs):
                 return True
         return False
-
-
-def _without_filler(words: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the words after a leading "well", "no", "honestly", ..."""
-    return words[1:] if len(words) > 1 and words[0] in _FILLERS else words
 
 
 def prefixed(prefix: str, sentence: str) -> str:

@@ -77,6 +77,7 @@ _AFFIRMING = (
     "cannot live without|never tire of|would say|i'd say|not just"
 )
 """Negators and hypotheticals in form only: skipped as a whole."""
+_FILLERS = frozenset("well honestly oh hm so no yes actually exactly and but yeah".split())
 _DENIAL = "no|nope|nah|not really|not at all|not quite|not exactly|that's not|that's wrong|wrong"
 
 
@@ -104,6 +105,7 @@ class Reading(NamedTuple):
         mentions: number of value mentions of any kind.
         assents, denies: how the line opens.
         words: the line's words, lower case.
+        core: the words without a leading filler ("well", "no", "honestly").
         pairs: the set of neighbouring words, for comparing lines.
     """
 
@@ -116,6 +118,7 @@ class Reading(NamedTuple):
     assents: bool
     denies: bool
     words: tuple[str, ...]
+    core: tuple[str, ...]
     pairs: frozenset[str]
 
 
@@ -207,6 +210,7 @@ class Lexicon:
             assents=scan.assents,
             denies=scan.denies,
             words=words,
+            core=words[1:] if len(words) > 1 and words[0] in _FILLERS else words,
             pairs=frozenset([f"{a} {b}" for a, b in pairwise(words)]),
         )
 
