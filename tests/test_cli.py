@@ -136,7 +136,7 @@ def test_ctrl_c_in_the_demo_tells_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_real_terminal_stops_everything_and_the_same_command_goes_on(
+def test_ctrl_c_in_a_real_terminal_stops_everything_and_keeps_what_is_done(
     tmp_path: Path,
 ) -> None:
     budget = ("--updates", "1000000", *TINY[2:], "--max-turns", "1", "--workers", "2")

@@ -747,4 +747,4 @@ def test_nano_learns_to_chat_within_six_updates() -> None:
     envs = gym.make_vec("PersonaDialogue-v0", num_envs=64, domain="chatting", max_turns=4)
     agent = KStepAgent("nano", envs, k=2, learning_rate=1e-3, seed=0).learn(6 * 64 * 4)
     rewards = [row["rollout/turn_rew_mean"] for row in agent.history]
-    assert rewards[-1] > rewards[0] + 0.05
+    assert np.mean(rewards[-3:]) > rewards[0] + 0.1

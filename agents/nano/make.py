@@ -36,9 +36,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 ACT_RATES = {
-    "chatting": {"answer": 0.6, "volunteer": 0.2, "evade": 0.2},
-    "education": {"explain": 0.35, "ask": 0.2, "answer": 0.2, "evade": 0.25},
-    "therapy": {"surface": 0.35, "gradual": 0.25, "deep": 0.2, "evade": 0.2},
+    "chatting": {"answer": 0.6, "volunteer": 0.25, "evade": 0.15},
+    "education": {"explain": 0.35, "ask": 0.25, "answer": 0.2, "evade": 0.2},
+    "therapy": {"surface": 0.35, "gradual": 0.25, "deep": 0.25, "evade": 0.15},
 }
 """How often the imperfect persona performs each act when it is not yielding."""
 

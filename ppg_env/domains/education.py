@@ -31,6 +31,8 @@ GRADE = Attribute(
         "I started {v} this year.",
         "My class is {v}.",
         "I go to {v}.",
+        "They put me in {v}.",
+        "I am new in {v}.",
     ),
     tempted=(
         "You are in {v}, right?",
@@ -56,6 +58,8 @@ STYLE = Attribute(
         "I understand things through {v}.",
         "What helps me is {v}.",
         "I remember {v} best.",
+        "For me it has to be {v}.",
+        "My way of learning is {v}.",
     ),
     tempted=(
         "You learn best with {v}, right?",
@@ -86,6 +90,8 @@ SUBJECT = Attribute(
         "I like {v} lessons most.",
         "I am good at {v}.",
         "I look forward to {v} every week.",
+        "Give me {v} any day.",
+        "The best hour is {v}.",
     ),
     tempted=(
         "Your favourite subject is {v}, right?",
@@ -104,6 +110,8 @@ PASTIME = Attribute(
         "I am in the {v} club.",
         "My free time goes into {v}.",
         "I spent the weekend on {v}.",
+        "I love my {v}.",
+        "On Fridays I have {v}.",
     ),
     tempted=(
         "You are in the {v} club, right?",
@@ -120,6 +128,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "the numerator counts the parts we take",
         "one half and two quarters are equal fractions",
         "fractions with the same denominator are easy to add",
+        "a whole has four quarters as fractions",
+        "fractions can be larger than one",
+        "dividing makes new fractions",
     ),
     "volcanoes": (
         "a volcano is a hole where magma comes out",
@@ -127,6 +138,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "lava gets hard and becomes rock",
         "volcanoes grow where plates meet",
         "ash from volcanoes makes the soil rich",
+        "some volcanoes sleep for a thousand years",
+        "hot gas pushes the magma up",
+        "an old volcano can be an island",
     ),
     "gravity": (
         "gravity pulls things to the ground",
@@ -134,6 +148,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "weight is how strong gravity pulls",
         "gravity gets weaker far away",
         "in empty space gravity lets all things fall the same",
+        "gravity makes the tides",
+        "on the moon gravity is weak",
+        "gravity holds the air around us",
     ),
     "electricity": (
         "electricity needs a closed circuit",
@@ -141,6 +158,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "metal lets electricity through",
         "electrons carry electricity in a wire",
         "a switch opens the circuit",
+        "lightning is electricity in the sky",
+        "plastic stops electricity",
+        "a lamp turns electricity into light",
     ),
     "magnets": (
         "magnets have a north and a south pole",
@@ -148,6 +168,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "a magnet pulls iron",
         "magnets work even through paper",
         "a compass is a small magnet",
+        "a magnet has a field around it",
+        "heat makes magnets weak",
+        "a broken magnet is two magnets",
     ),
     "photosynthesis": (
         "photosynthesis turns light into sugar",
@@ -155,6 +178,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "photosynthesis needs water and air",
         "chlorophyll catches the light",
         "photosynthesis gives us oxygen",
+        "photosynthesis happens in the leaves",
+        "at night photosynthesis stops",
+        "plants grow by photosynthesis",
     ),
     "probability": (
         "probability says how likely things are",
@@ -162,6 +188,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "the probability of heads is one half",
         "probability is counting good cases over all cases",
         "two coins multiply the probability",
+        "a fair die gives each face the same probability",
+        "a probability is at most one",
+        "rare things have a small probability",
     ),
     "planets": (
         "planets go round the sun",
@@ -169,6 +198,9 @@ IDEAS: Mapping[str, Sequence[str]] = {
         "big planets are made of gas",
         "the inner planets are made of rock",
         "an orbit far out takes longer",
+        "some planets have rings",
+        "planets shine by the light of the sun",
+        "the planets turn around themselves",
     ),
 }
 TOPIC = Attribute(
@@ -211,6 +243,9 @@ CONFUSIONS = (
     "this is too fast for me",
     "I am stuck",
     "this makes no sense to me",
+    "I lost the thread",
+    "this part is still unclear to me",
+    "I need more time for this",
 )
 REQUESTS = (
     "can you show me {v}",
