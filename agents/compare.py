@@ -47,8 +47,8 @@ class CompareConfig:
     """Dialogues an update; every method gets updates x episodes."""
     group_size: int = 8
     """Dialogues that share persona, opening and partner seed."""
-    learning_rate: float = 5e-4
-    """Of AdamW."""
+    learning_rate: float = 3e-4
+    """Of AdamW at the start; falls linearly."""
     eval_episodes: int = 2
     """Dialogues per held-out persona in an evaluation."""
     noise: float = 0.1
@@ -102,6 +102,7 @@ def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
             envs,
             cell.method,
             learning_rate=c.learning_rate,
+            lr_schedule="linear",
             group_size=c.group_size,
             seed=c.seed,
         )

@@ -61,7 +61,10 @@ class PPGAgent:
             model.
         env: a vector environment of dialogues, from gym.make_vec; None for acting only.
         credit: which rewards a turn answers for: a Credit, or text such as "kstep:3".
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, at the start of `learn`.
+        lr_schedule: "constant", or "linear": falls to a twentieth over the call of `learn`.
+        adam_eps: AdamW's epsilon. Large, so that parameters with next to no gradient rest: with
+            1e-8 the tiny model's grammar wore away while its rewards rose.
         group_size: dialogues that share persona, opening and partner seed, and are each other's
             baseline; divides env.num_envs.
         baseline: see credit.advantages.
@@ -85,7 +88,9 @@ class PPGAgent:
         env: gym.vector.VectorEnv[Any, Any, Any] | None,
         credit: Credit | str = "full",
         *,
-        learning_rate: float = 5e-4,
+        learning_rate: float = 3e-4,
+        lr_schedule: str = "constant",
+        adam_eps: float = 1e-4,
         group_size: int = 8,
         baseline: str = "leave_one_out",
         scale: str = "mean_window",
@@ -94,6 +99,8 @@ class PPGAgent:
         token_budget: int = 8192,
         seed: int | None = None,
     ) -> None:
+        if lr_schedule not in ("constant", "linear"):
+            raise ValueError(f"lr_schedule is 'constant' or 'linear', got {lr_schedule!r}.")
         self.credit = parse_credit(credit) if isinstance(credit, str) else credit
         self.env = _checked_env(env, group_size, baseline)
         self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) if seed is None else seed
@@ -102,6 +109,8 @@ class PPGAgent:
         )
         self.settings: dict[str, Any] = {
             "learning_rate": learning_rate,
+            "lr_schedule": lr_schedule,
+            "adam_eps": adam_eps,
             "group_size": group_size,
             "baseline": baseline,
             "scale": scale,
@@ -110,7 +119,7 @@ class PPGAgent:
             "token_budget": token_budget,
         }
         self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(), lr=learning_rate, weight_decay=0.0
+            self.policy.model.parameters(), lr=learning_rate, eps=adam_eps, weight_decay=0.0
         )
         self._reference = copy.deepcopy(self.policy) if kl_coef else None
         self.num_timesteps = self.num_updates = 0
@@ -137,6 +146,7 @@ class PPGAgent:
                         f"{self.policy.name}: use a model with a longer context."
                     )
                 advantage_BT = self.credited(batch)
+                self._set_learning_rate((goal - self.num_timesteps) / total_timesteps)
                 measured = self.update(batch, advantage_BT)
                 self._record(batch, measured)
                 bar.update(batch.num_turns)
@@ -144,6 +154,13 @@ class PPGAgent:
                 if callback is not None and callback(self) is False:
                     break
         return self
+
+    def _set_learning_rate(self, remaining: float) -> None:
+        """Set the step size when a share `remaining` in (0, 1] of the turns is still to come."""
+        linear = self.settings["lr_schedule"] == "linear"
+        share = max(0.05, remaining) if linear else 1.0
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings["learning_rate"] * share
 
     def collect(self) -> RolloutBatch:
         """Play one dialogue in every slot with the current policy; seeded by agent and update."""

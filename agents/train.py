@@ -32,8 +32,8 @@ class TrainConfig:
     """Dialogues an update."""
     group_size: int = 8
     """Dialogues that share persona, opening and partner seed."""
-    learning_rate: float = 5e-4
-    """Of AdamW."""
+    learning_rate: float = 3e-4
+    """Of AdamW at the start; falls linearly."""
     kl_coef: float = 0.0
     """Weight of the KL divergence to the initial model."""
     personas: str = "train"
@@ -63,6 +63,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         envs,
         c.credit,
         learning_rate=c.learning_rate,
+        lr_schedule="linear",
         group_size=c.group_size,
         kl_coef=c.kl_coef,
         seed=c.seed,

@@ -154,7 +154,7 @@ CAUSE = Attribute(
         "Since the {v} I am not myself.",
         "The {v} broke something in me.",
         "I keep going back to the {v}.",
-        "I still dream of the {v}.",
+        "I still see the {v} before me.",
         "The {v} is always with me.",
         "My life fell apart with the {v}.",
         "I was different before the {v}.",
