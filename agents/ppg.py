@@ -96,7 +96,7 @@ class PPGAgent:
         scale: str = "mean_window",
         kl_coef: float = 0.0,
         max_grad_norm: float = 1.0,
-        token_budget: int = 8192,
+        token_budget: int = 4096,
         seed: int | None = None,
     ) -> None:
         if lr_schedule not in ("constant", "linear"):

@@ -306,7 +306,7 @@ def test_every_statement_keeps_its_claim_after_every_opener():
             reading = domain.lexicon.read(spoken)
             assert [str(c) for c in reading.claims] == [f"{attribute.name}={value}"], spoken
             assert reading.assents == (prefix in AGREEMENTS), spoken
-            assert reading.denies == (prefix in ("No, ", "Not really, ")), spoken
+            assert reading.denies == (prefix in CORRECTIONS and prefix != "Actually, "), spoken
 
 
 def test_every_question_asks_about_exactly_its_attribute():

@@ -36,9 +36,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 ACT_RATES = {
-    "chatting": {"answer": 0.6, "volunteer": 0.25, "evade": 0.15},
-    "education": {"explain": 0.35, "ask": 0.25, "answer": 0.2, "evade": 0.2},
-    "therapy": {"surface": 0.35, "gradual": 0.25, "deep": 0.25, "evade": 0.15},
+    "chatting": {"answer": 0.55, "volunteer": 0.2, "evade": 0.25},
+    "education": {"explain": 0.3, "ask": 0.2, "answer": 0.2, "evade": 0.3},
+    "therapy": {"surface": 0.3, "gradual": 0.2, "deep": 0.2, "evade": 0.3},
 }
 """How often the imperfect persona performs each act when it is not yielding."""
 
@@ -60,7 +60,7 @@ class NanoConfig:
     intermediate_size: int = 344
     max_positions: int = 1024
     """Longest dialogue in tokens."""
-    yield_first: float = 0.25
+    yield_first: float = 0.3
     """Probability of yielding to a leading question in the first turn."""
     yield_growth: float = 0.09
     """What each further turn adds to it (at most 0.95)."""
@@ -70,7 +70,7 @@ class NanoConfig:
     """Steps a lesson; with two facts from the start nothing was learned in a million tokens."""
     lesson_tokens: int = 1500
     """Tokens in a batch of a lesson: many small steps bring copying about sooner than few large."""
-    steps: int = 1500
+    steps: int = 1700
     """Steps on whole dialogues after that."""
     batch_tokens: int = 4000
     """Tokens in a batch of whole dialogues."""

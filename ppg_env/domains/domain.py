@@ -23,8 +23,14 @@ from .lexicon import Claim, Lexicon, Reading, resolve_claims
 
 T = TypeVar("T")
 
-OPENERS = ("", "", "", "Well, ", "Honestly, ", "Oh, ")
-CORRECTIONS = ("No, ", "Actually, ", "Not really, ")
+OPENERS = (
+    *("", "", "", "Well, ", "Honestly, ", "Oh, ", "To be honest, ", "At the moment, "),
+    *("Let me think, ", "In a way, ", "I must say, ", "These days, ", "For my part, "),
+)
+CORRECTIONS = (
+    *("No, ", "Actually, ", "Not really, ", "Not at all, ", "No, to be honest, "),
+    *("No, in fact, ", "No, these days, ", "No, for my part, "),
+)
 AGREEMENTS = ("Yes, ", "Of course, ", "Exactly, ")
 REPEAT_OVERLAP = 0.8
 
@@ -320,7 +326,8 @@ class Domain:
             past = self.lexicon.read(other)
             if reading.core == past.core:
                 return True
-            if len(words) >= 4 and len(pairs & past.pairs) >= REPEAT_OVERLAP * len(pairs):
+            longer = max(len(pairs), len(past.pairs))
+            if len(words) >= 4 and len(pairs & past.pairs) >= REPEAT_OVERLAP * longer:
                 return True
         return False
 

@@ -90,7 +90,7 @@ SUBJECT = Attribute(
         "I like {v} lessons most.",
         "I am good at {v}.",
         "I look forward to {v} every week.",
-        "Give me {v} any day.",
+        "I choose {v} any day.",
         "The best hour is {v}.",
     ),
     tempted=(
