@@ -315,3 +315,11 @@ def test_a_slip_in_a_real_terminal_leaves_no_traceback() -> None:
 def test_a_flag_that_does_not_exist_is_refused(terminal: Terminal) -> None:
     assert terminal.run("play", "--doman", "therapy") == 2
     assert "--domain" in terminal.output
+
+
+def test_limits_prints_the_exact_share_of_each_class() -> None:
+    done = in_a_process("limits", "--domains", "chatting", "--credits", "greedy", "kstep:2")
+    assert done.returncode == 0, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("│ chatting")]
+    optimum, uniform, greedy, kstep = map(float, row.strip("│ ").split("│")[1:])
+    assert (optimum, uniform, greedy, kstep) == (0.794, 0.355, 0.658, 1.0)
