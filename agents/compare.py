@@ -138,20 +138,32 @@ def compare(
         Exception: the first failure of a cell, after the others have finished.
     """
     everything = cells(c)
+    known = {cell: result for cell in everything if (result := _finished(cell, c)) is not None}
+    missing = [cell for cell in everything if cell not in known]
+    if not missing:
+        return known
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(c.workers, mp_context=context, initializer=_one_thread)
     try:
-        futures = {cell: pool.submit(run_cell, cell, c) for cell in everything}
+        futures = {cell: pool.submit(run_cell, cell, c) for cell in missing}
         for share in _shares(futures, c):
             if progress is not None:
-                progress(share)
-        return {cell: future.result() for cell, future in futures.items()}
+                progress({**dict.fromkeys(known, 1.0), **share})
+        known |= {cell: future.result() for cell, future in futures.items()}
+        return {cell: known[cell] for cell in everything}
     except (KeyboardInterrupt, BrokenProcessPool):
         for process in list((pool._processes or {}).values()):
             process.terminate()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(cell: Cell, c: CompareConfig) -> dict[str, Any] | None:
+    """Return the cell's result if it is complete; a folder of another run is refused."""
+    if not cell.folder(c).exists():
+        return None
+    return RunFolder(cell.folder(c), _cell_settings(cell, c)).result
 
 
 def _shares(

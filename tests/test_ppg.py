@@ -748,3 +748,18 @@ def test_nano_learns_to_chat_within_six_updates() -> None:
     agent = KStepAgent("nano", envs, k=2, learning_rate=1e-3, seed=0).learn(6 * 64 * 4)
     rewards = [row["rollout/turn_rew_mean"] for row in agent.history]
     assert np.mean(rewards[-3:]) > rewards[0] + 0.1
+
+
+def test_a_linear_schedule_ends_at_a_small_step_and_starts_at_the_full_one() -> None:
+    steps: list[float] = []
+
+    def note(agent: PPGAgent) -> None:
+        steps.append(agent.optimizer.param_groups[0]["lr"])
+
+    agent = echo_agent("greedy", learning_rate=1e-3, lr_schedule="linear")
+    turns = agent.collect().num_turns
+    agent.learn(4 * turns, callback=note)
+    assert steps[0] == 1e-3
+    assert all(later < earlier for earlier, later in itertools.pairwise(steps))
+    with pytest.raises(ValueError, match="'constant' or 'linear', got 'cosine'"):
+        echo_agent("greedy", lr_schedule="cosine")
