@@ -158,6 +158,9 @@ def evaluate_agent(c: EvaluateConfig) -> None:
     console.print(table)
     by_turn = "  ".join(f"{reward:.2f}" for reward in found.reward_T)
     console.print(f"reward by turn: {by_turn}", highlight=False)
+    for name, part_T in found.part_T.items():
+        by_turn = "  ".join(f"{part:.2f}" for part in part_T)
+        console.print(f"{name} by turn: {by_turn}", highlight=False)
 
 
 def play(c: PlayConfig) -> None:

@@ -46,9 +46,10 @@ class Evaluation:
 
     Attributes:
         metrics: "reward" (mean per turn), "drift" (change of the reward per turn of the dialogue),
-            every reward part by name, "degenerate_rate" if the judge tells it; means of persona
-            means.
+            "prompt_to_line_drift" (the same of the consistency with the persona), every part by
+            name, "degenerate_rate" if the judge tells it; means of persona means.
         reward_T: mean reward of each turn.
+        part_T: mean of each part of the reward at each turn, NaN where nothing could be checked.
         persona_reward: mean reward per turn of each persona, for paired comparisons.
         transcripts: what was said, one message list a dialogue.
         transcript_rewards: the rewards of each of them, one list a dialogue.
@@ -57,6 +58,7 @@ class Evaluation:
 
     metrics: Mapping[str, Estimate]
     reward_T: np.ndarray
+    part_T: Mapping[str, np.ndarray]
     persona_reward: Mapping[str, float]
     transcripts: Sequence[Messages]
     transcript_rewards: Sequence[Sequence[float]]
@@ -126,8 +128,10 @@ def _summary(
 
     reward_ET = gather([np.where(b.alive_BT, b.reward_BT, np.nan) for b, _ in batches])
     columns = {"reward": _row_means(reward_ET), "drift": drift_slopes(reward_ET)}
-    for name in batches[0][0].part_BT:
-        columns[name] = _row_means(gather([b.part_BT[name] for b, _ in batches]))
+    parts = {name: gather([b.part_BT[name] for b, _ in batches]) for name in batches[0][0].part_BT}
+    columns |= {name: _row_means(part_ET) for name, part_ET in parts.items()}
+    if "prompt_to_line" in parts:
+        columns["prompt_to_line_drift"] = drift_slopes(parts["prompt_to_line"])
     if "well_formed" in columns:
         columns["degenerate_rate"] = 1.0 - columns.pop("well_formed")
 
@@ -137,6 +141,7 @@ def _summary(
     return Evaluation(
         metrics={name: bootstrap_mean(column, seed) for name, column in means.items()},
         reward_T=_row_means(reward_ET.T),
+        part_T={name: _row_means(part_ET.T) for name, part_ET in parts.items()},
         persona_reward=dict(zip(names.tolist(), means["reward"].tolist(), strict=True)),
         transcripts=[b.transcripts[row] for b, row in kept],
         transcript_rewards=[b.reward_BT[row][b.alive_BT[row]].tolist() for b, row in kept],

@@ -102,6 +102,8 @@ class PPGAgent:
         if lr_schedule not in ("constant", "linear"):
             raise ValueError(f"lr_schedule is 'constant' or 'linear', got {lr_schedule!r}.")
         self.credit = parse_credit(credit) if isinstance(credit, str) else credit
+        credit_weights(Greedy(), 1, scale=scale)  # refuse an unknown scale or baseline here
+        advantages(np.zeros((2, 1)), baseline=baseline, group_B=np.zeros(2, dtype=int))
         self.env = _checked_env(env, group_size, baseline)
         self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) if seed is None else seed
         self.policy = (
@@ -290,6 +292,8 @@ class PPGAgent:
     ) -> PPGAgent:
         """Return the agent saved in `path`; the optimizer starts afresh.
 
+        With a KL coefficient, the model as saved is the reference from here on.
+
         Raises:
             FileNotFoundError: if the folder holds no saved agent.
         """
@@ -359,13 +363,24 @@ def load_policy(
 ) -> LMPolicy:
     """Return the LMPolicy of "nano", or of the folder or name of a Hugging Face model.
 
+    A saved agent speaks with its own longest line and temperature.
+
     Raises:
         ValueError: if there is no such model; says what there is and suggests the nearest.
     """
-    if str(policy) == "nano":
-        return LMPolicy.from_pretrained(NANO, max_new_tokens=max_new_tokens or 32, seed=seed)
     check_model_name(policy)
-    return LMPolicy.from_pretrained(policy, max_new_tokens=max_new_tokens or 64, seed=seed)
+    saved = Path(policy) / _SETTINGS
+    if saved.exists():
+        record = json.loads(saved.read_text(encoding="utf-8"))
+        longest, temperature = record["max_new_tokens"], record["temperature"]
+    else:
+        longest, temperature = (32 if str(policy) == "nano" else 64), 1.0
+    return LMPolicy.from_pretrained(
+        NANO if str(policy) == "nano" else policy,
+        max_new_tokens=longest if max_new_tokens is None else max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
 
 
 def check_model_name(policy: str | Path) -> None:

@@ -38,6 +38,7 @@ def table_rows(results: Results) -> list[tuple[str, ...]]:
     for cell, result in results.items():
         metrics = {name: Estimate(**value) for name, value in result["metrics"].items()}
         known = {"reward", "drift", "prompt_to_line", "line_to_line", "degenerate_rate"}
+        known.add("prompt_to_line_drift")
         own = next((name for name in metrics if name not in known), None)
         speed = result["tokens_per_second"]
         rows.append(
@@ -84,6 +85,12 @@ def findings(results: Results) -> list[str]:
             sentence += (
                 f"; {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] over {ranked[1]} ({verdict})"
             )
+        rates = {m: r["metrics"].get("degenerate_rate") for m, r in here.items()}
+        if rates[best] and rates.get(UNTRAINED):
+            sentence += (
+                f"; degenerate lines {rates[best]['mean']:.3f}, "
+                f"untrained {rates[UNTRAINED]['mean']:.3f}"
+            )
         sentences.append(sentence)
     return sentences
 
@@ -99,7 +106,8 @@ def save_report(results: Results, c: CompareConfig) -> list[Path]:
     notes = [f"- {sentence}" for sentence in findings(results)]
     settings = (
         f"{c.updates} updates x {c.episodes} dialogues x {c.max_turns} turns a method, "
-        f"seed {c.seed}, noise {c.noise}; 95 % intervals bootstrapped over held-out personas."
+        f"seed {c.seed}, noise {c.noise}; 95 % intervals over held-out "
+        "personas (bootstrap), one training seed: they do not hold the luck of training."
     )
     table.write_text(
         f"{markdown_table(results)}\n{settings}\n\n" + "\n".join(notes) + "\n", encoding="utf-8"

@@ -26,6 +26,7 @@ register(
     id="PersonaDialogue-v0",
     entry_point="ppg_env.env:PersonaDialogueEnv",
     vector_entry_point="ppg_env.vector_env:PersonaDialogueVectorEnv",
+    order_enforce=False,  # the environment does so itself, and knows restore() besides reset()
 )
 
 __all__ = [

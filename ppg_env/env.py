@@ -117,6 +117,7 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
         """Start a dialogue; see the class docstring for the options."""
         super().reset(seed=seed)
         options = check_options(options, _OPTIONS)
+        self.world.check_start(options.get("persona"), options.get("history"))
         dialogue_seed = draw_dialogue_seed(self.np_random)
         (self._dialogue,) = self.world.begin(
             [dialogue_seed], [options.get("persona")], [options.get("history")]

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from .dialogue import Persona, Transcript, Turn, Verdict
 from .domains import Claim, Domain, Reading
+from .domains.words import FUNCTION_WORDS, is_known
 from .process import Dynamics, turn_value
 
 MAX_ATTRIBUTES = 3
@@ -20,14 +21,6 @@ COPY_OVERLAP = 0.8
 _DANGLING = frozenset(
     "a an the and or but because so of to in on at for with from by as is am are was were be been "
     "my your his her their our its this that these those i we it's i'm very".split()
-)
-_FUNCTION_WORDS = frozenset(
-    "maybe nothing something always never another "
-    "a about after all am an and any are as at be been but by can did do does for from get got "
-    "had has have he her here how i i'd i'll i'm i've if in into is it it's its just like many me "
-    "more most my no not of off on or our out over she so some still than that that's the their "
-    "them then there they this to too up us very was we were what when where which who will with "
-    "would yes you your don't doesn't isn't can't".split()
 )
 _CACHE_SIZE = 65536
 
@@ -126,7 +119,9 @@ class RuleJudge:
         read = self.domain.lexicon.read
         understood = self.domain.interpret(persona, turn.partner, turn.agent)
         reading = read(turn.agent)
-        flaw = find_flaw(turn.agent, reading, read(turn.partner), read(persona.text))
+        flaw = find_flaw(
+            turn.agent, reading, read(turn.partner), read(persona.text), self.domain.known_words
+        )
         if not flaw and self.domain.repeats(turn.agent, [past.agent for past in earlier]):
             flaw = "repeats an earlier line"
         act = understood.act
@@ -152,13 +147,21 @@ class RuleJudge:
         self._memories[persona, turns] = memory
 
 
-def find_flaw(line: str, reading: Reading, partner: Reading, persona: Reading) -> str:
+def find_flaw(
+    line: str,
+    reading: Reading,
+    partner: Reading,
+    persona: Reading,
+    known_words: frozenset[str],
+) -> str:
     """Return why a line is degenerate by itself, or "" if it is not.
 
     Args:
         line: the agent's line; `reading` is its reading.
         partner: reading of the line it answers.
         persona: reading of the persona text.
+        known_words: the domain's and common words; a line half of whose words are others (more
+            than half below five words) is no sentence.
     """
     words, pairs = reading.words, reading.pairs
     if not words:
@@ -175,7 +178,10 @@ def find_flaw(line: str, reading: Reading, partner: Reading, persona: Reading) -
         return "lists facts"
     if reading.mentions >= 3 and 2 * reading.mentions > len(words):
         return "lists keywords"
-    if len(words) >= 4 and _FUNCTION_WORDS.isdisjoint(words):
+    if len(words) >= 4 and FUNCTION_WORDS.isdisjoint(words):
+        return "is no sentence"
+    unknown = sum(not is_known(word, known_words) for word in words)
+    if len(words) >= 3 and 2 * unknown >= len(words) + (len(words) < 5):
         return "is no sentence"
     return ""
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import difflib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 from .dialogue import Persona
 from .domains import Domain, get_domain
+from .spaces import Utterance
 
 SPLITS = ("train", "validation", "test")
 _DATA = Path(__file__).parent / "data"
@@ -63,15 +65,19 @@ def load_personas(
     personas: list[Persona] = []
     problems: list[str] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
+    for number, raw in enumerate(path.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
+        if not raw.strip():
             continue
         try:
-            persona = parse_persona(json.loads(line), domain)
+            persona = parse_persona(json.loads(raw.decode("utf-8")), domain)
             if persona.id in seen:
                 raise ValueError(f"field 'id': {persona.id!r} is used by an earlier line")
         except json.JSONDecodeError as error:
             problems.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
+        except UnicodeDecodeError as error:
+            problems.append(f"line {number}: not UTF-8 (byte {error.start})")
+        except RecursionError:
+            problems.append(f"line {number}: nested too deeply")
         except ValueError as error:
             problems.append(f"line {number}: {error}")
         else:
@@ -114,8 +120,10 @@ def parse_persona(record: object, domain: Domain) -> Persona:
         if not facts:
             raise ValueError("field 'facts': a persona needs facts or a text")
         text = domain.persona_text(facts, traits, str(record.get("name", identifier)))
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"field 'text': expected a non-empty string, got {text!r}")
+    for name, value in (("id", identifier), ("text", text)):
+        problem = Utterance(100_000).problem(value)
+        if problem is not None:
+            raise ValueError(f"field {name!r}: {problem}")
     return Persona(identifier, domain.name, text, facts, traits, split)
 
 

@@ -117,6 +117,8 @@ class PersonaDialogueVectorEnv(
         histories = self._histories(options.get("history"))
 
         slots = np.flatnonzero(mask_N)
+        for slot in slots:
+            self.world.check_start(personas[slot], histories[slot])
         dialogue_seeds = self._dialogue_seeds(slots, seeds, leader_N)
         started = self.world.begin(
             dialogue_seeds, [personas[i] for i in slots], [histories[i] for i in slots]

@@ -137,22 +137,37 @@ class World:
     def _prepare(
         self, seed: int, chosen: str | Persona | None, history: Sequence[Message] | None
     ) -> Dialogue:
+        given, turns, pending = self.check_start(chosen, history)
         rng = np.random.default_rng(seed)
         drawn = self.personas[int(rng.random() * len(self.personas))]
-        persona = drawn if chosen is None else find_persona(chosen, self.personas)
-        if persona is chosen:
-            check_facts(persona, self.domain)
-        turns: tuple[Turn, ...] = ()
-        pending = None
-        if history is not None:
-            turns, pending = turns_from_messages(history)
-            if len(turns) >= self.max_turns:
-                raise ValueError(
-                    f"history already has {len(turns)} agent turns, the dialogue ends at max_turns="
-                    f"{self.max_turns}; shorten it or make the environment with a larger max_turns."
-                )
+        persona = given or drawn
         system = self.domain.system_prompt(persona)
         return Dialogue(Transcript(persona, system, turns, pending, self.max_turns), rng, seed)
+
+    def check_start(
+        self, chosen: str | Persona | None, history: Sequence[Message] | None
+    ) -> tuple[Persona | None, tuple[Turn, ...], str | None]:
+        """Return what reset's options say: persona, finished turns, pending line; None = not given.
+
+        Raises:
+            ValueError: for an unknown persona or a malformed history; nothing was drawn yet.
+        """
+        persona = None if chosen is None else find_persona(chosen, self.personas)
+        if persona is not None and persona is chosen:
+            check_facts(persona, self.domain)
+        if history is None:
+            return persona, (), None
+        turns, pending = turns_from_messages(history)
+        for number, line in enumerate([line for turn in turns for line in turn] + [pending]):
+            problem = self.action_space.problem(line)
+            if problem is not None:
+                raise ValueError(f"Line {number} of history: {problem}.")
+        if len(turns) >= self.max_turns:
+            raise ValueError(
+                f"history already has {len(turns)} agent turns, the dialogue ends at max_turns="
+                f"{self.max_turns}; shorten it or make the environment with a larger max_turns."
+            )
+        return persona, turns, pending
 
     def advance(self, dialogues: Sequence[Dialogue], utterances: Sequence[str]) -> list[Verdict]:
         """Let the agent speak, the judge score and the partner answer; return the verdicts.
@@ -235,8 +250,16 @@ class World:
         """Return a dialogue that goes on where the snapshot was taken.
 
         Raises:
-            ValueError: for a snapshot of a world with another number of turns.
+            TypeError: for anything but a Snapshot.
+            ValueError: for a snapshot of another domain or with another number of turns.
         """
+        if not isinstance(snapshot, Snapshot):
+            raise TypeError(f"restore takes a Snapshot, as state() gives, got {snapshot!r:.80}")
+        if snapshot.transcript.persona.domain != self.domain.name:
+            raise ValueError(
+                f"The snapshot is of the domain {snapshot.transcript.persona.domain!r}, this "
+                f"environment of {self.domain.name!r}."
+            )
         if snapshot.transcript.max_turns != self.max_turns:
             raise ValueError(
                 f"The snapshot's dialogue has max_turns={snapshot.transcript.max_turns}, this "

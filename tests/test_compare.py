@@ -191,5 +191,5 @@ def test_a_run_under_another_budget_is_refused_with_the_difference(
 ) -> None:
     c = replace(config, run=str(tmp_path))
     run_cell(Cell("chatting", UNTRAINED), c)
-    with pytest.raises(FileExistsError, match="learning_rate is .* there and 0.1 now"):
+    with pytest.raises(FileExistsError, match=r"learning_rate is .* there and 0\.1 now"):
         run_cell(Cell("chatting", UNTRAINED), replace(c, learning_rate=0.1))

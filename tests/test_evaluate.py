@@ -142,7 +142,7 @@ def test_the_number_of_slots_and_its_padding_change_nothing(num_envs: int) -> No
         evaluated(3, episodes_per_persona=2),
     )
     assert found.transcripts == expected.transcripts
-    assert found.metrics == expected.metrics
+    assert str(found.metrics) == str(expected.metrics)  # equal, NaN included
     assert found.persona_reward == expected.persona_reward
 
 
@@ -167,6 +167,7 @@ def test_metrics_agree_with_the_rewards_of_the_transcripts() -> None:
     assert found.metrics["drift"].mean == pytest.approx(drift_slopes(reward_ET).mean())
     assert {"prompt_to_line", "line_to_line", "degenerate_rate"} < set(found.metrics)
     assert found.num_tokens == 0 and found.seconds > 0
+    assert np.isnan(found.metrics.pop("prompt_to_line_drift").mean)  # one checkable line, no slope
     for estimate in found.metrics.values():
         assert estimate.low <= estimate.mean <= estimate.high
 

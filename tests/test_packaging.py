@@ -274,7 +274,7 @@ def test_credit_losses_policy_and_runs_do_without_transformers() -> None:
 
 def test_no_file_has_a_name_that_could_hold_anything() -> None:
     folders = ("ppg_env", "agents", "benchmarks", "examples", "tests")
-    names = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    names = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
 
     assert not [name_of(path) for path in names if path.stem in NOT_FILES]
 

@@ -20,6 +20,7 @@ import numpy as np
 from ..dialogue import Persona, Transcript
 from ..process import Dynamics
 from .lexicon import Claim, Lexicon, Reading, resolve_claims
+from .words import COMMON_WORDS
 
 T = TypeVar("T")
 
@@ -163,6 +164,16 @@ class Domain:
                 **self.marks,
             },
         )
+
+    @cached_property
+    def known_words(self) -> frozenset[str]:
+        """Return common English words and all that this domain's own sentences hold."""
+        texts = [*self.openings, *self.open_questions, *self.distractions, *self.evasions]
+        texts += [phrase for phrases in self.marks.values() for phrase in phrases]
+        for a in self.attributes:
+            texts += [a.told, *a.said, *a.asked, *a.tempted, *a.followed, *a.cues]
+            texts += [form for forms in a.values.values() for form in forms]
+        return COMMON_WORDS.union(*(self.lexicon.read(text).words for text in texts))
 
     @cached_property
     def _interpretations(self) -> dict[tuple[Persona, str, str], Interpretation]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -284,6 +285,12 @@ class EducationDynamics:
 
 class EducationDomain(Domain):
     """A student with a teacher; acts explain, ask, answer, evade, contradict."""
+
+    @cached_property
+    def known_words(self) -> frozenset[str]:
+        """Return the words of any domain and those of the ideas on the topics."""
+        ideas = [self.lexicon.read(idea).words for about in IDEAS.values() for idea in about]
+        return super().known_words.union(*ideas)
 
     def dynamics(self, persona: Persona | None = None) -> EducationDynamics:
         """Return the same dynamics for everybody."""
