@@ -24,7 +24,7 @@ from .compare import Cell, CompareConfig, cells, compare
 from .credit import parse_credit
 from .train import TrainConfig, train
 
-console = Console() if sys.stdout.isatty() else Console(width=140)
+console = Console() if sys.stdout.isatty() else Console(width=170)
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def demo(c: CompareConfig) -> None:
 
     table = Table(title="Held-out personas, mean [95 % interval]")
     for name in ("domain", "method", *COLUMNS):
-        table.add_column(name, no_wrap=name in ("domain", "method"))
+        table.add_column(name.replace("_to_", " to\n"), overflow="fold")
     for row in table_rows(results):
         table.add_row(*(cell.replace(" [", "\n[") for cell in row))
     console.print(table)

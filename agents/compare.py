@@ -43,7 +43,7 @@ class CompareConfig:
     """Credits, see agents.credit.parse_credit; the untrained model always takes part."""
     model: str = "nano"
     """The language model to start from: "nano", a folder, or a Hugging Face name."""
-    updates: int = 20
+    updates: int = 16
     """Gradient steps a cell."""
     episodes: int = 64
     """Dialogues an update; every method gets updates x episodes."""

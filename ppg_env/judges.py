@@ -180,9 +180,11 @@ def find_flaw(
         return "lists keywords"
     if len(words) >= 4 and FUNCTION_WORDS.isdisjoint(words):
         return "is no sentence"
-    unknown = sum(not is_known(word, known_words) for word in words)
-    if len(words) >= 3 and 2 * unknown >= len(words) + (len(words) < 5):
-        return "is no sentence"
+    strange = [word for word in words if word not in known_words]
+    if 2 * len(strange) >= len(words) >= 3:
+        unknown = sum(not is_known(word, known_words) for word in strange)
+        if 2 * unknown >= len(words) + (len(words) < 5):
+            return "is no sentence"
     return ""
 
 

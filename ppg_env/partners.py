@@ -147,7 +147,7 @@ class ScriptedPartner:
         read, facts = self.domain.lexicon.read, transcript.persona.facts
         askable = [a for a in self.domain.attributes if a.asked]
         askable = [a for a in askable if a.name in facts] or askable
-        asked = set().union(*(read(turn.partner).topics for turn in transcript.turns))
+        asked = set().union(*[read(turn.partner).topics for turn in transcript.turns])
         now = {a.name for a in self._phase_attributes(transcript)}
         fresh = [a for a in askable if a.name not in asked]
         if fresh:

@@ -215,7 +215,8 @@ class Domain:
 
     def phase_of(self, turn: int, max_turns: int) -> int:
         """Return the index of the phase that `turn` belongs to."""
-        return bisect_right(self.phase_boundaries(max_turns), turn) - 1
+        starts = self._phase_starts.get(max_turns) or self.phase_boundaries(max_turns)
+        return bisect_right(starts, turn) - 1
 
     # ---- text -> act -----------------------------------------------------------------------------
 
@@ -331,14 +332,15 @@ class Domain:
 
     def repeats(self, line: str, earlier: Sequence[str]) -> bool:
         """Return whether `line` says what one of the `earlier` lines said, nearly word by word."""
-        reading = self.lexicon.read(line)
-        words, pairs = reading.words, reading.pairs
+        read = self.lexicon.read
+        reading = read(line)
+        needed = REPEAT_OVERLAP * len(reading.pairs) if len(reading.words) >= 4 else float("inf")
         for other in earlier:
-            past = self.lexicon.read(other)
+            past = read(other)
             if reading.core == past.core:
                 return True
-            longer = max(len(pairs), len(past.pairs))
-            if len(words) >= 4 and len(pairs & past.pairs) >= REPEAT_OVERLAP * longer:
+            shared = len(reading.pairs & past.pairs)
+            if shared >= needed and shared >= REPEAT_OVERLAP * len(past.pairs):
                 return True
         return False
 

@@ -201,9 +201,9 @@ class Lexicon:
         if start < len(tokens):
             self._read_sentence(tokens, start, len(tokens), False, scan)
         return Reading(
-            claims=tuple(dict.fromkeys(scan.claims)),
-            about_listener=tuple(dict.fromkeys(scan.about_listener)),
-            questioned=tuple(dict.fromkeys(scan.questioned)),
+            claims=_unique(scan.claims),
+            about_listener=_unique(scan.about_listener),
+            questioned=_unique(scan.questioned),
             topics=frozenset(scan.topics),
             marks=frozenset(scan.marks),
             mentions=scan.mentions,
@@ -361,6 +361,10 @@ class _Scan:
             return
         else:
             self.claims.append(claim if not negated else _negative(claim))
+
+
+def _unique(claims: list[Claim]) -> tuple[Claim, ...]:
+    return tuple(claims) if len(claims) < 2 else tuple(dict.fromkeys(claims))
 
 
 def _negative(claim: Claim) -> Claim:
