@@ -107,7 +107,19 @@ def evade(env: PersonaDialogueEnv, rng: np.random.Generator) -> str:
     return perform("evade")(env, rng)
 
 
+def hide_a_fact_in_gibberish(env: PersonaDialogueEnv, rng: np.random.Generator) -> str:
+    """Put what was asked about between words that mean nothing, new ones each time."""
+    domain, facts = env.world.domain, env.transcript.persona.facts
+    topics = domain.lexicon.read(env.transcript.pending or "").topics
+    attribute = next((name for name in facts if name in topics), "topic")
+    attribute = attribute if attribute in facts else next(iter(facts))
+    fact = domain.by_name[attribute].values[facts[attribute]][0]
+    junk = ["".join(rng.choice(list("bdfglmnprtz"), 2)).join("ouy") for _ in range(3)]
+    return f"The {junk[0]} {fact} {junk[1]} {junk[2]}."
+
+
 CHEATS: dict[str, Speaker] = {
+    "hide a fact in gibberish": hide_a_fact_in_gibberish,
     "evade": evade,
     "say it depends": always("It depends on the day."),
     "say dots": always("..."),

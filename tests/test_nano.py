@@ -17,11 +17,11 @@ CASES = [(domain, deterministic) for domain in DOMAINS for deterministic in (Fal
 
 
 @cache
-def found(domain: str, deterministic: bool, noise: float = 0.1) -> Evaluation:
+def found(domain: str, deterministic: bool) -> Evaluation:
     envs = gym.make_vec("PersonaDialogue-v0", num_envs=60, domain=domain, personas="test")
     policy = load_policy("nano", seed=0)
     return evaluate_policy(
-        envs, policy, episodes_per_persona=2, seed=10_000, deterministic=deterministic
+        envs, policy, episodes_per_persona=4, seed=10_000, deterministic=deterministic
     )
 
 
