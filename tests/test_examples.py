@@ -66,7 +66,6 @@ def test_a_domain_of_ones_own_takes_less_than_thirty_lines() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not NOTEBOOK.exists(), reason="the notebook has not been written yet")
 def test_every_cell_of_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
@@ -83,13 +82,10 @@ def test_every_cell_of_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def readme_blocks() -> list[str]:
-    if not README.exists():
-        return []
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
     return [block for block in blocks if "no-test" not in block]
 
 
-@pytest.mark.skipif(not README.exists(), reason="the README has not been written yet")
 def test_the_readme_shows_python() -> None:
     assert readme_blocks()
 

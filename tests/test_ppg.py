@@ -45,12 +45,8 @@ from agents import (
     evaluate_policy,
 )
 from agents.lm_policy import LMPolicy
-from agents.ppg import NANO, load_policy
+from agents.ppg import load_policy
 from agents.rollout import RolloutBatch
-
-needs_nano = pytest.mark.skipif(
-    not (NANO / "model.safetensors").exists(), reason="nano has not been made yet"
-)
 
 # --- a dialogue small enough to list --------------------------------------------------------------
 
@@ -741,7 +737,6 @@ def test_who_looks_at_the_own_reward_takes_the_bait(credit: str) -> None:
     assert learned_share_of_even(credit) < 0.1
 
 
-@needs_nano
 @pytest.mark.slow
 def test_nano_learns_to_chat_within_six_updates() -> None:
     envs = gym.make_vec("PersonaDialogue-v0", num_envs=64, domain="chatting", max_turns=4)

@@ -18,7 +18,7 @@ the cue words by which a question about an attribute is recognised, and a few na
    it names again.
 
 These rules are precise on plain sentences and blind to irony, metaphor and long-range reference;
-tests/test_lexicon.py reports precision and recall on lines that were not used to write them.
+tests/test_lexicon_accuracy.py reports precision and recall on lines not used to write them.
 """
 
 from __future__ import annotations
