@@ -82,6 +82,8 @@ def cells(c: CompareConfig) -> list[Cell]:
         ValueError: for a method that is no credit, or a model that does not exist; lists what does.
     """
     check_model_name(c.model)
+    if c.workers < 1:
+        raise ValueError(f"workers must be at least 1, got {c.workers}.")
     for method in c.methods:
         parse_credit(method)
     return [Cell(domain, method) for domain in c.domains for method in (UNTRAINED, *c.methods)]

@@ -101,7 +101,15 @@ class RunFolder:
 
     def _read(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        if not file.exists():
+            return None
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}); remove its folder.") from error
+        if not isinstance(content, dict) or (name == MANIFEST and "settings" not in content):
+            raise ValueError(f"{file} is not what this project writes; remove its folder.")
+        return content
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         self._write_text(name, [json.dumps(content, indent=2, ensure_ascii=False)])

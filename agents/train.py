@@ -79,6 +79,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
             progress_bar=progress_bar,
         )
     finally:
-        agent.save(folder.agent)
+        if agent.num_updates:
+            agent.save(folder.agent)
     folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
     return agent

@@ -143,3 +143,10 @@ def test_unusual_line_separators_do_not_break_a_transcript_in_two(tmp_path: Path
     said = [[{"role": "assistant", "content": "one\u2028two\u0085three\x0bfour"}]]
     RunFolder(tmp_path, SETTINGS).write_transcripts(said, [[0.5]])
     assert read_transcripts(tmp_path) == [{"messages": said[0], "rewards": [0.5]}]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\udcff"])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=r"manifest\.json is .*remove its folder"):
+        RunFolder(tmp_path, {"a": 1})
