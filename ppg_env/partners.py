@@ -62,6 +62,12 @@ class ScriptedPartner:
                 "fill `asked` of an attribute, or `open_questions`."
             )
 
+        self._in_phase = [
+            [domain.by_name[name] for name in phase.attributes] or list(domain.attributes)
+            for phase in domain.phases
+        ]
+        self._askable = [a for a in domain.attributes if a.asked]
+
     def __call__(
         self, transcripts: Sequence[Transcript], rngs: Sequence[np.random.Generator]
     ) -> list[str]:
@@ -139,19 +145,19 @@ class ScriptedPartner:
 
     def _phase_attributes(self, transcript: Transcript) -> list[Attribute]:
         phase = self.domain.phase_of(len(transcript.turns), transcript.max_turns)
-        names = self.domain.phases[phase].attributes
-        return [self.domain.by_name[name] for name in names] or list(self.domain.attributes)
+        return self._in_phase[phase]
 
     def _fresh_attributes(self, transcript: Transcript) -> list[Attribute]:
         """Return what to ask about: what is new in this phase, else anywhere, else all again."""
         read, facts = self.domain.lexicon.read, transcript.persona.facts
-        askable = [a for a in self.domain.attributes if a.asked]
-        askable = [a for a in askable if a.name in facts] or askable
-        asked = set().union(*[read(turn.partner).topics for turn in transcript.turns])
-        now = {a.name for a in self._phase_attributes(transcript)}
+        askable = [a for a in self._askable if a.name in facts] or self._askable
+        asked: set[str] = set()
+        for turn in transcript.turns:
+            asked |= read(turn.partner).topics
         fresh = [a for a in askable if a.name not in asked]
         if fresh:
-            return [a for a in fresh if a.name in now] or fresh
+            now = self._phase_attributes(transcript)
+            return [a for a in fresh if a in now] or fresh
         recent = read(transcript.turns[-1].partner).topics if transcript.turns else frozenset()
         return [a for a in askable if a.name not in recent] or askable
 

@@ -41,7 +41,7 @@ def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attribute:
     """Something a persona has one value of, and how it is spoken about.
 
