@@ -14,6 +14,7 @@ for RL in LLMs", arXiv 2603.06138.
 
 import difflib
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -46,12 +47,12 @@ class Credit(Protocol):
         """
 
 
-class _Named:
+class _Named(ABC):
     """Prints a policy class by its name."""
 
     @property
-    def name(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def name(self) -> str: ...
 
     def __str__(self) -> str:
         return self.name
