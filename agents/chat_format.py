@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 
 from jinja2.exceptions import TemplateError
@@ -26,17 +25,23 @@ class ChatFormat:
         self.prompt = lru_cache(maxsize=4096)(self._prompt)
         self.tail = lru_cache(maxsize=4096)(self._tail)
 
+    @property
+    def pad_id(self) -> int:
+        """A valid id to fill up rows with; no result depends on it."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as it stands: no start token, no end token."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def render(self, messages: Messages) -> str:
-        """Return the prompt text for the agent's next line."""
+    def render(self, messages: Messages, prompt: bool = True) -> str:
+        """Return the text of these messages and, with `prompt`, the start of the agent's line."""
         chat = [dict(message) for message in messages]
         if not self.takes_system:
             chat = _fold_system(chat)
         return str(
-            self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
         )
 
     def prompt_ids(self, messages: Messages) -> tuple[int, ...]:
@@ -49,14 +54,18 @@ class ChatFormat:
         )
 
     def _tail(self, partner_text: str) -> tuple[int, ...]:
-        """Return the tail's ids; they begin with the template's own end token where it has one."""
-        text = self._tail_text(partner_text)
+        """Return the tail's ids; they begin with the template's own end mark where it has one."""
+        return self.after_end_token(self._tail_text(partner_text))
 
-        # Some tokenizers put a blank before the first word of a text: an end token in front takes
-        # its place.
-        anchor = self.tokenizer.eos_token_id
+    def after_end_token(self, text: str) -> tuple[int, ...]:
+        """Return the ids of text that goes on in the middle of a dialogue.
+
+        Some tokenizers put a blank before the first word of a text: an end token in front takes its
+        place.
+        """
         ids = self.encode(self.tokenizer.eos_token + text)
-        return tuple(ids[1:] if ids[:1] == [anchor] else self.encode(text))
+        anchored = ids[:1] == [self.tokenizer.eos_token_id]
+        return tuple(ids[1:] if anchored else self.encode(text))
 
     def _tail_text(self, partner_text: str) -> str:
         mark = "qXoWnLiNeXq"
@@ -75,18 +84,9 @@ class ChatFormat:
     @cached_property
     def append_only(self) -> bool:
         """Whether a later prompt is the earlier one, the own line and the tail, no more."""
-        replies = ("Fine, thanks.", "It sleeps.", "No.")
-        return self._appends(replies)
-
-    @cached_property
-    def keeps_thoughts(self) -> bool:
-        """Whether own lines with a thinking block stay in the prompt as they were said."""
-        return self._appends(("<think>\nOne.\n</think>\n\nTwo.",) * 2)
-
-    def _appends(self, replies: Sequence[str]) -> bool:
         chat = _chat("Be kind.", "How are you?")
         rendered = self.render(chat)
-        for turn, reply in enumerate(replies):
+        for turn, reply in enumerate(("Fine, thanks.", "It sleeps.", "No.")):
             answer = f"And the dog, number {turn}?"
             chat += [_say("assistant", reply), _say("user", answer)]
             longer = self.render(chat)
@@ -100,12 +100,41 @@ class ChatFormat:
         return True
 
     @cached_property
+    def opens_thought(self) -> bool:
+        """Whether the prompt itself opens a thought, so that every line starts with one."""
+        return self.render(_chat("Be kind.", "Hello.")).rstrip().endswith("<think>")
+
+    @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The tokenizer's end token, and the one that the template puts after a line."""
-        ids = {int(self.tokenizer.eos_token_id)}
-        first = self.tail("Hello.")[:1]
-        ids.update(set(first) & set(self.tokenizer.all_special_ids))
-        return frozenset(ids)
+        """The tokenizer's end token, and the template's end mark where that is one token."""
+        eos, mark = int(self.tokenizer.eos_token_id), self._mark_ids
+        return frozenset({eos, *mark} if len(mark) == 1 else {eos})
+
+    @cached_property
+    def long_mark(self) -> tuple[tuple[int, ...], str] | None:
+        """(ids, text) of the template's end mark where that is several tokens."""
+        return (self._mark_ids, self._mark_text) if len(self._mark_ids) > 1 else None
+
+    @cached_property
+    def silent_ids(self) -> frozenset[int]:
+        """Special tokens, which no line says aloud; the marks of a thought are looked for."""
+        marks = {self.tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")}
+        return frozenset(self.tokenizer.all_special_ids) - marks
+
+    @cached_property
+    def _mark_text(self) -> str:
+        """What the template puts right after a line when nothing follows, without blanks."""
+        line = "qXoWnLiNeXq"
+        chat = [*_chat("Be kind.", "Hello."), _say("assistant", line)]
+        try:
+            return self.render(chat, prompt=False).rpartition(line)[2].strip()
+        except TemplateError:  # a template that wants the partner to have the last word
+            return ""
+
+    @cached_property
+    def _mark_ids(self) -> tuple[int, ...]:
+        mark = self._mark_text
+        return self.after_end_token(mark) if mark else ()
 
     def _accepts_system_messages(self) -> bool:
         self.takes_system = True

@@ -133,7 +133,7 @@ def train_agent(c: TrainConfig) -> None:
 def evaluate_agent(c: EvaluateConfig) -> None:
     """Evaluate a saved agent, "nano" or any Hugging Face model folder; print the metrics."""
     from .evaluate import evaluate_policy
-    from .ppg import load_policy
+    from .loading import load_policy
 
     envs = gym.make_vec(
         "PersonaDialogue-v0",

@@ -7,7 +7,6 @@ RUN/<domain>/<method>; a comparison that was interrupted goes on with the cells 
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import time
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ import gymnasium as gym
 
 from .credit import parse_credit
 from .evaluate import Evaluation, evaluate_policy
-from .ppg import NANO, PPGAgent, check_model_name, load_policy
+from .loading import check_model_name, load_policy, weights_fingerprint
+from .ppg import PPGAgent
 from .runs import RunFolder, read_metrics
 
 UNTRAINED = "untrained"
@@ -215,17 +214,8 @@ def _cell_settings(cell: Cell, c: CompareConfig) -> dict[str, Any]:
     kept = asdict(c)
     for name in ("run", "domains", "methods", "workers"):
         del kept[name]
-    weights = _fingerprint(NANO if c.model == "nano" else Path(c.model))
+    weights = weights_fingerprint(c.model)
     return {**kept, "domain": cell.domain, "method": cell.method, "weights": weights}
-
-
-@lru_cache
-def _fingerprint(folder: Path) -> str:
-    """Return what tells a local model's weights from others of its name; "" for remote ones."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16] if folder.is_dir() else ""
 
 
 def _result(

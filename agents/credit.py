@@ -542,6 +542,50 @@ def advantages(
     return advantage_BT
 
 
+def generalized_advantages(
+    reward_BT: npt.ArrayLike,
+    value_BT: npt.ArrayLike,
+    alive_BT: npt.ArrayLike | None = None,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+) -> FloatArray:
+    """Generalized advantage estimation over turns. Returns advantage_BT, 0 where not alive.
+
+        A[b,t] = sum_{u >= t} (gamma lambda)^(u-t) (r[b,u] + gamma V[b,u+1] - V[b,u])
+
+    lambda = 1 and gamma = 1 give the full return minus V[b,t], lambda = 0 the one-step error. The
+    value after an episode's last turn is 0, cut-off episodes included. Unscorable rewards count as
+    0, as in `partial_returns`. Source: Schulman et al., arXiv 1506.02438.
+
+    Args:
+        reward_BT: per-turn rewards, NaN where unscorable.
+        value_BT: the critic's estimate of the return from turn t on, before a_t is spoken.
+        alive_BT: True for the turns that the episode really had; all of them if absent.
+        gamma: discount of later rewards, in [0, 1].
+        gae_lambda: 0 trusts the critic, 1 the rewards.
+
+    Raises:
+        ValueError: shapes disagree, or gamma or gae_lambda lies outside [0, 1].
+    """
+    for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0.0 <= number <= 1.0:
+            raise ValueError(f"{name} must lie in [0, 1], got {number}.")
+    reward_BT, value_BT = _matrix("reward_BT", reward_BT), _matrix("value_BT", value_BT)
+    if value_BT.shape != reward_BT.shape:
+        raise ValueError(
+            f"value_BT has shape {value_BT.shape}, but rewards have shape {reward_BT.shape}."
+        )
+    alive_BT = _mask("alive_BT", alive_BT, reward_BT.shape)
+    _refuse_revival(alive_BT)
+    counted_BT = np.where(alive_BT, np.nan_to_num(reward_BT, nan=0.0), 0.0)
+    value_BT = np.where(alive_BT, value_BT, 0.0)
+    next_BT = np.pad(value_BT[:, 1:], ((0, 0), (0, 1)))
+    error_BT = counted_BT + gamma * next_BT - value_BT
+    weight_TT = Discounted(gamma * gae_lambda).weights(reward_BT.shape[1])
+    return partial_returns(error_BT, weight_TT, alive_BT)
+
+
 def _group_totals(
     return_BT: FloatArray, alive_BT: BoolArray, group_B: npt.NDArray[np.int64]
 ) -> tuple[FloatArray, npt.NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""Token by token: a key-value cache with one row per dialogue, the network's logits, sampling.
+"""Token by token: a key-value cache with one row per dialogue, and the network's logits.
 
 Rows have their own lengths and no holes, so that a kept cache gives the logits of a full
 re-encoding. Dimension letters: n rows of one forward pass, q new tokens per row, k keys that a
@@ -125,6 +125,10 @@ class Decoder(Protocol):
         """Append each row's ids and return (rows in the order of the logits, logits (n, V))."""
         ...
 
+    def rewind(self, row: int, length: int) -> None:
+        """Forget all of a row but its first `length` tokens."""
+        ...
+
 
 class CachedDecoder:
     """Reads only new tokens. Speaking rows are kept in front: a pass sees a view of the buffer."""
@@ -147,6 +151,11 @@ class CachedDecoder:
             return order, self._read([[by_row[row]] for row in order.tolist()])
         in_order = [tuple(by_row[row]) for row in order.tolist()]
         return order, self._read_prompts(in_order) if fresh else self._read(in_order)
+
+    def rewind(self, row: int, length: int) -> None:
+        """Forget all of a row but its first `length` tokens; what is behind is overwritten."""
+        at = np.flatnonzero(self._row_at == row)
+        self._length[at] = np.minimum(self._length[at], length)
 
     def _bring_to_front(self, rows: np.ndarray) -> None:
         wanted = np.isin(self._row_at, rows)
@@ -235,6 +244,28 @@ class ReencodingDecoder:
         at = (torch.arange(len(rows), device=device), torch.as_tensor(last_n, device=device))
         return rows, self._network.logits_at(torch.as_tensor(token_nL, device=device), at)
 
+    def rewind(self, row: int, length: int) -> None:
+        """Forget all of a row but its first `length` tokens."""
+        del self._ids[row][length:]
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """A causal LM in two parts: logits = cap * tanh(scale * head(body(tokens)) / cap)."""
+
+    body: torch.nn.Module
+    head: torch.nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+    """None: no cap."""
+
+    def logits(self, hidden_NH: torch.Tensor) -> torch.Tensor:
+        """Return the logits (N, V) of hidden states."""
+        logit_NV = self.head(hidden_NH)
+        if self.scale != 1.0:
+            logit_NV = logit_NV * self.scale
+        return logit_NV if self.cap is None else torch.tanh(logit_NV / self.cap) * self.cap
+
 
 class Network:
     """A causal LM seen as token ids -> logits at chosen positions."""
@@ -264,32 +295,30 @@ class Network:
         """Return the logits (number of positions, V) at `at` = (rows, columns)."""
         if self.split is None:
             return self._run(self.model, token_nq, inputs).logits[at]
-        _, head = self.split
-        return head(self.hidden_at(token_nq, at, **inputs))
+        return self.split.logits(self.hidden_at(token_nq, at, **inputs))
 
     def hidden_at(
         self, token_nq: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor], **inputs: Any
     ) -> torch.Tensor:
-        """Return what the output head gets at `at`; only where `split` is not None."""
-        assert self.split is not None
-        return self._run(self.split[0], token_nq, inputs).last_hidden_state[at]
+        """Return the last hidden states (number of positions, H): what the output head gets."""
+        if self.split is not None:
+            return self._run(self.split.body, token_nq, inputs).last_hidden_state[at]
+        return self._run(
+            self.model, token_nq, {**inputs, "output_hidden_states": True}
+        ).hidden_states[-1][at]
 
     @staticmethod
     def _run(module: torch.nn.Module, token_nq: torch.Tensor, inputs: dict[str, Any]) -> Any:
         # Without a cache all tokens are marked real: right padding cannot reach back in a causal
         # model, and a mask without zeros lets the fast causal kernel run.
-        if not inputs:
-            inputs = {"attention_mask": torch.ones_like(token_nq), "use_cache": False}
+        if "past_key_values" not in inputs:
+            inputs = {"attention_mask": torch.ones_like(token_nq), "use_cache": False, **inputs}
         return module(input_ids=token_nq, **inputs)
 
     @cached_property
     @torch.inference_mode()
-    def split(self) -> tuple[torch.nn.Module, torch.nn.Module] | None:
-        """(body, output head) if head(body(tokens)) equals the model's logits on a probe, or None.
-
-        Models that scale or cap their logits after the head fail the probe and keep their full
-        forward pass.
-        """
+    def split(self) -> SplitModel | None:
+        """The model as body and output head if a probe shows that they give its logits, or None."""
         body = getattr(self.model, self.model.base_model_prefix, None)
         head = self.model.get_output_embeddings()
         if body is None or body is self.model or head is None:
@@ -299,8 +328,14 @@ class Network:
         if hidden is None:
             return None
         expected = self.model(input_ids=token_1q, use_cache=False).logits
-        found = head(hidden)
-        return (body, head) if found.shape == expected.shape and _close(found, expected) else None
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        scale = getattr(self.config, "logit_scale", None) or 1.0  # Cohere's models
+        divisor = getattr(self.config, "logits_scaling", None) or 1.0  # Granite's models
+        for found in (SplitModel(body, head), SplitModel(body, head, scale / divisor, cap)):
+            logits = found.logits(hidden)
+            if logits.shape == expected.shape and _close(logits, expected):
+                return found
+        return None
 
     @cached_property
     @torch.inference_mode()
@@ -384,78 +419,6 @@ def _close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
     difference = (found.float() - expected.float()).norm()
     return bool(difference <= tolerance * expected.float().norm())
-
-
-def sample_tokens(
-    logit_nV: torch.Tensor,
-    rngs: Sequence[np.random.Generator],
-    temperature: float = 1.0,
-    deterministic: bool = False,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one token per row from the full softmax: the smallest v with P(token <= v) > u.
-
-    Args:
-        logit_nV: logits, any float dtype.
-        rngs: n generators; each gives one uniform u in [0, 1) (none if deterministic), so that a
-            row's draws do not depend on the other rows.
-        temperature: divides the logits.
-        deterministic: take the most likely token instead.
-
-    Returns:
-        (token_n, logprob_n): ids, and their log-probabilities at this temperature.
-    """
-    logit_nV = logit_nV.float()
-    if logit_nV.device.type == "mps":  # no float64 there
-        logit_nV = logit_nV.cpu()
-    logprob_nV = torch.log_softmax(logit_nV if temperature == 1.0 else logit_nV / temperature, -1)
-    if deterministic:
-        token_n1 = logprob_nV.argmax(-1, keepdim=True)
-    else:
-        cdf_nV = logprob_nV.exp().cumsum(-1, dtype=torch.float64)
-        u_n1 = torch.tensor([[rng.random()] for rng in rngs], dtype=torch.float64)
-        level_n1 = u_n1.to(cdf_nV.device) * cdf_nV[:, -1:]
-        token_n1 = torch.searchsorted(cdf_nV, level_n1, right=True)
-        token_n1.clamp_(max=cdf_nV.shape[1] - 1)
-    logprob_n = logprob_nV.gather(-1, token_n1)[:, 0]
-    return token_n1[:, 0].cpu().numpy(), logprob_n.cpu().numpy()
-
-
-@dataclass(frozen=True)
-class Line:
-    """One sampled line: ids (with the end token if it was sampled), their log-probabilities."""
-
-    ids: list[int]
-    logprobs: list[float]
-    ended: bool
-
-
-def sample_lines_of(
-    decoder: Decoder,
-    pending: dict[int, Sequence[int]],
-    rooms: dict[int, int],
-    rngs: Sequence[np.random.Generator],
-    end_ids: frozenset[int],
-    temperature: float,
-    deterministic: bool,
-) -> dict[int, Line]:
-    """Read each dialogue's pending ids, sample its line of at most `rooms[row]` (>= 1) tokens."""
-    ids: dict[int, list[int]] = {row: [] for row in pending}
-    logprobs: dict[int, list[float]] = {row: [] for row in pending}
-    ended = dict.fromkeys(pending, False)
-    order, logit_nV = decoder.feed(np.array(list(pending)), list(pending.values()))
-    while True:
-        row_rngs = [rngs[row] for row in order.tolist()]
-        token_n, logprob_n = sample_tokens(logit_nV, row_rngs, temperature, deterministic)
-        speaks_n = np.ones(len(order), dtype=bool)
-        drawn = zip(order.tolist(), token_n.tolist(), logprob_n.tolist(), strict=True)
-        for i, (row, token, logprob) in enumerate(drawn):
-            ids[row].append(token)
-            logprobs[row].append(logprob)
-            ended[row] = token in end_ids
-            speaks_n[i] = not ended[row] and len(ids[row]) < rooms[row]
-        if not speaks_n.any():
-            return {row: Line(ids[row], logprobs[row], ended[row]) for row in pending}
-        order, logit_nV = decoder.feed(order[speaks_n], token_n[speaks_n])
 
 
 def pad_rows(rows: Sequence[Sequence[Any]], fill: float, dtype: Any) -> np.ndarray:

@@ -96,23 +96,51 @@ def clipped_loss(
     _check_same_shape(logprob_BL=logprob_BL, old_logprob_BL=old_logprob_BL, turn_BL=turn_BL)
     if clip_range <= 0:
         raise ValueError(f"clip_range must be positive, got {clip_range}; 0.2 is PPO's.")
+    log_ratio, advantage = _log_ratios(logprob_BL, old_logprob_BL, turn_BL, advantage_BT, level)
+    ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.min(ratio * advantage, clipped * advantage).sum() / (num_episodes or len(ratio))
+
+
+@torch.no_grad()
+def clip_fraction(
+    logprob_BL: Tensor,
+    old_logprob_BL: Tensor,
+    turn_BL: Tensor,
+    advantage_BT: Tensor,
+    *,
+    clip_range: float = 0.2,
+    level: Literal["turn", "token"] = "turn",
+) -> tuple[int, int]:
+    """Return (how many ratios `clipped_loss` holds back, how many there are)."""
+    log_ratio, advantage = _log_ratios(logprob_BL, old_logprob_BL, turn_BL, advantage_BT, level)
+    ratio = log_ratio.exp()
+    held = ((ratio > 1 + clip_range) & (advantage > 0)) | (
+        (ratio < 1 - clip_range) & (advantage < 0)
+    )
+    return int(held.sum()), int((advantage != 0).sum())
+
+
+def _log_ratios(
+    logprob_BL: Tensor, old_logprob_BL: Tensor, turn_BL: Tensor, advantage_BT: Tensor, level: str
+) -> tuple[Tensor, Tensor]:
+    """Return log-ratios and their advantages, 0 where there is no turn or no token."""
     num_turns = advantage_BT.shape[1]
     spoken_BL = turn_BL >= 0
     log_ratio = _only(logprob_BL, spoken_BL) - _only(old_logprob_BL.detach(), spoken_BL)
     advantage = advantage_BT.detach()
-
     if level == "turn":
         log_ratio = turn_logprobs(log_ratio, turn_BL, num_turns)
+        # A turn that has no token here is in another sequence of its dialogue.
+        here_BT = turn_logprobs(spoken_BL.to(advantage.dtype), turn_BL, num_turns) > 0
+        advantage = _only(advantage, here_BT)
     elif level == "token":
         _check_turns(turn_BL, num_turns)
         advantage = _only(advantage.gather(1, turn_BL.clamp(min=0).long()), spoken_BL)
     else:
         raise ValueError(f"level must be 'turn' or 'token', got {level!r}.")
     _check_same_shape(log_ratio=log_ratio, advantage=advantage)
-
-    ratio = log_ratio.clamp(max=_LARGEST_LOG_RATIO).exp()
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.min(ratio * advantage, clipped * advantage).sum() / (num_episodes or len(ratio))
+    return log_ratio, advantage
 
 
 def kl_to_reference(

@@ -4,24 +4,38 @@
     agent = KStepAgent("nano", envs, k=3, seed=0).learn(total_timesteps=10_000)
 
 `learn` is the whole algorithm: collect dialogues with the current policy, credit rewards to turns,
-one policy-gradient step. Source: "Partial Policy Gradients for RL in LLMs", arXiv 2603.06138.
+one policy-gradient step. Under `accelerate launch` every process does so with its own slots and the
+gradients are summed. Source: "Partial Policy Gradients for RL in LLMs", arXiv 2603.06138.
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from .checkpoint import (
+    CheckpointError,
+    checkpoints,
+    random_states,
+    read_checkpoint,
+    restore_random_states,
+    write_checkpoint,
+)
+from .conversation import Conversation
 from .credit import (
     Credit,
     FullPlanning,
@@ -34,18 +48,39 @@ from .credit import (
     parse_credit,
     partial_returns,
 )
-from .lm_policy import Conversation, LMPolicy, microbatches
-from .losses import kl_to_reference, policy_gradient_loss
+from .lm_policy import LMPolicy, Reference
+from .loading import AGENT_SETTINGS, load_policy
+from .losses import clip_fraction, clipped_loss, kl_to_reference, policy_gradient_loss
+from .optimization import Optimization
 from .policy import Messages
-from .rollout import RolloutBatch, collect_rollouts
-
-NANO = Path(__file__).parent / "nano"
-"""Folder of the bundled tiny language model."""
+from .rollout import RolloutBatch, collect_rollouts, join_batches
+from .scoring import Scores, microbatches
+from .tape import Tape
 
 Callback = Callable[["PPGAgent"], "bool | None"]
 """Called after every update with the agent; returning False stops learning."""
 
-_SETTINGS = "ppg_agent.json"
+
+class DivergedError(RuntimeError):
+    """Learning was stopped: too many gradients in a row were not finite or far too large."""
+
+    def __init__(self, message: str, batch: RolloutBatch) -> None:
+        super().__init__(message)
+        self.batch = batch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """s token sequences of one forward and backward pass, as tensors on the model's device."""
+
+    token_sL: torch.Tensor
+    turn_sL: torch.Tensor
+    old_logprob_sL: torch.Tensor
+    advantage_sT: torch.Tensor
+    episode_s: np.ndarray
+    """The dialogue of each sequence."""
+    num_episodes: int
+    """Dialogues of the whole gradient step, those of other processes included."""
 
 
 class PPGAgent:
@@ -56,10 +91,14 @@ class PPGAgent:
         (1/B) sum_b sum_t A[b,t] grad log pi(a_t | h_t),   A = partial return - leave-one-out
         baseline.
 
+    With several epochs or minibatches it takes more steps, along the clipped objective of PPO with
+    the same advantages.
+
     Args:
         policy: an LMPolicy, "nano" (the bundled model), or the folder or name of a Hugging Face
             model.
-        env: a vector environment of dialogues, from gym.make_vec; None for acting only.
+        env: a vector environment of dialogues, from gym.make_vec; None for acting only. Under
+            `accelerate launch` each process has its own, all of one size.
         credit: which rewards a turn answers for: a Credit, or text such as "kstep:3".
         learning_rate: of AdamW, at the start of `learn`.
         lr_schedule: "constant", or "linear": falls to a twentieth over the call of `learn`.
@@ -70,15 +109,22 @@ class PPGAgent:
         baseline: see credit.advantages.
         scale: see credit.credit_weights; "mean_window" keeps step sizes of policy classes
             comparable.
+        n_epochs: passes over each batch of dialogues.
+        batch_size: dialogues in a gradient step, in each process; None = all slots.
+        clip_range: of the importance ratio, where a batch gives more than one step.
+        ratio_level: "turn": one ratio an utterance; "token": one a token. See losses.clipped_loss.
+        ent_coef: weight of the entropy of the agent's token distributions, summed over a dialogue.
         kl_coef: weight of the KL divergence to the initial model, 0 = none.
         max_grad_norm: the gradient's norm is clipped to it.
+        skip_grad_norm: a gradient above this norm, or not finite, is skipped and counted.
+        max_skips: so many skipped in a row stop learning.
         token_budget: tokens in one forward and backward pass, padding included.
         seed: of dialogues and of the agent's sampling.
 
     Attributes:
-        num_timesteps: turns learned from so far.
-        num_updates: gradient steps taken so far.
-        log: latest measurements, keys as in Stable-Baselines3.
+        num_timesteps: turns learned from so far, over all processes.
+        num_updates: batches of dialogues learned from so far.
+        log: latest measurements, keys as in Stable-Baselines3 (docs/metrics.md).
         history: all of them, one dict an update.
     """
 
@@ -94,13 +140,21 @@ class PPGAgent:
         group_size: int = 8,
         baseline: str = "leave_one_out",
         scale: str = "mean_window",
+        n_epochs: int = 1,
+        batch_size: int | None = None,
+        clip_range: float = 0.2,
+        ratio_level: str = "turn",
+        ent_coef: float = 0.0,
         kl_coef: float = 0.0,
         max_grad_norm: float = 1.0,
+        skip_grad_norm: float = 1e4,
+        max_skips: int = 3,
         token_budget: int = 4096,
         seed: int | None = None,
     ) -> None:
-        if lr_schedule not in ("constant", "linear"):
-            raise ValueError(f"lr_schedule is 'constant' or 'linear', got {lr_schedule!r}.")
+        _refuse_unknown("lr_schedule", lr_schedule, ("constant", "linear"))
+        _refuse_unknown("ratio_level", ratio_level, ("turn", "token"))
+        _refuse_below_one(n_epochs=n_epochs, batch_size=batch_size, max_skips=max_skips)
         self.credit = parse_credit(credit) if isinstance(credit, str) else credit
         credit_weights(Greedy(), 1, scale=scale)  # refuse an unknown scale or baseline here
         advantages(np.zeros((2, 1)), baseline=baseline, group_B=np.zeros(2, dtype=int))
@@ -116,125 +170,334 @@ class PPGAgent:
             "group_size": group_size,
             "baseline": baseline,
             "scale": scale,
+            "n_epochs": n_epochs,
+            "batch_size": batch_size,
+            "clip_range": clip_range,
+            "ratio_level": ratio_level,
+            "ent_coef": ent_coef,
             "kl_coef": kl_coef,
             "max_grad_norm": max_grad_norm,
+            "skip_grad_norm": skip_grad_norm,
+            "max_skips": max_skips,
             "token_budget": token_budget,
         }
-        self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(), lr=learning_rate, eps=adam_eps, weight_decay=0.0
-        )
-        self._reference = copy.deepcopy(self.policy) if kl_coef else None
+        self.processes = PartialState()
+        self.optimization = self._make_optimization()
+        self._reference = Reference(self.policy) if kl_coef else None
+        self._span = (0, 0)  # num_timesteps at the start and at the goal of `learn`
+        self._skips_in_a_row = 0
         self.num_timesteps = self.num_updates = 0
         self.log: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
 
+    # -- the loop ----------------------------------------------------------------------------------
+
     def learn(
-        self, total_timesteps: int, callback: Callback | None = None, progress_bar: bool = False
+        self,
+        total_timesteps: int | None = None,
+        callback: Callback | None = None,
+        progress_bar: bool = False,
     ) -> Self:
         """Learn from at least `total_timesteps` further turns (1 timestep = 1 turn).
 
+        Args:
+            total_timesteps: None goes on to the goal of the `learn` that a checkpoint interrupted.
+            callback: called after every update.
+            progress_bar: show one.
+
         Raises:
-            ValueError: without an environment, or if the model's context holds no reply at all.
+            ValueError: without an environment, if the model's context holds no reply at all, or if
+                the policy samples from a restricted support.
+            MemoryError: the device's memory is used up; says what to lower.
+            DivergedError: `max_skips` gradients in a row were no use; holds the batch.
         """
-        if self.env is None:
-            raise ValueError("This agent has no environment to learn in; set agent.env first.")
-        goal = self.num_timesteps + total_timesteps
-        with tqdm(total=total_timesteps, unit="turn", disable=not progress_bar) as bar:
+        env = self._ready_to_learn()
+        if total_timesteps is not None:
+            self._span = (self.num_timesteps, self.num_timesteps + total_timesteps)
+        start, goal = self._span
+        if goal == 0:
+            raise ValueError("Say how much to learn: total_timesteps is needed for a new agent.")
+        shown = progress_bar and self.processes.is_main_process
+        with tqdm(
+            total=goal - start,
+            initial=self.num_timesteps - start,
+            unit="turn",
+            disable=not shown,
+        ) as bar:
             while self.num_timesteps < goal:
-                batch = self.collect()
-                if batch.num_turns == 0:
-                    raise ValueError(
-                        f"No dialogue leaves room for a reply in the context of "
-                        f"{self.policy.name}: use a model with a longer context."
-                    )
-                advantage_BT = self.credited(batch)
-                self._set_learning_rate((goal - self.num_timesteps) / total_timesteps)
-                measured = self.update(batch, advantage_BT)
-                self._record(batch, measured)
-                bar.update(batch.num_turns)
+                with self._memory_explained(env):
+                    batch = self.collect()
+                    advantage_BT = self.credited(batch)
+                    self._set_learning_rate((goal - self.num_timesteps) / (goal - start))
+                    measured = self.update(batch, advantage_BT)
+                before = self.num_timesteps
+                self._record(self._whole(batch), measured)
+                bar.update(self.num_timesteps - before)
                 bar.set_postfix(reward=f"{self.log['rollout/turn_rew_mean']:.3f}")
                 if callback is not None and callback(self) is False:
                     break
+                self._stop_if_diverged(batch)
         return self
+
+    def collect(self) -> RolloutBatch:
+        """Play one dialogue in every slot with the current policy; seeded by agent and update.
+
+        Raises:
+            ValueError: if no dialogue of any process leaves room for a reply.
+        """
+        assert self.env is not None
+        grouped = _has_groups(self.env)
+        seed = int(np.random.SeedSequence([self.seed, self.num_updates]).generate_state(1)[0])
+        batch = collect_rollouts(
+            self.env,
+            self.policy,
+            seed=seed,
+            options={"group_size": self.settings["group_size"]} if grouped else None,
+            first_slot=self.processes.process_index * self.env.num_envs,
+        )
+        if self._whole(batch).num_turns == 0:
+            raise ValueError(
+                f"No dialogue leaves room for a reply in the context of {self.policy.name}: use a "
+                "model with a longer context."
+            )
+        return batch
+
+    def credited(self, batch: RolloutBatch) -> np.ndarray:
+        """Return advantage_BT: each turn's partial return minus its baseline.
+
+        Peers in other processes count as those in this one do.
+        """
+        whole = self._whole(batch)
+        num_turns = whole.reward_BT.shape[1]
+        longest = max(num_turns, _max_turns(self.env))
+        weight_TT = credit_weights(
+            self.credit, longest, whole.boundaries, scale=self.settings["scale"]
+        )[:num_turns, :num_turns]
+        return_BT = partial_returns(whole.reward_BT, weight_TT, whole.alive_BT)
+        advantage_BT = advantages(
+            return_BT,
+            baseline=self.settings["baseline"],
+            group_B=whole.group_B,
+            alive_BT=whole.alive_BT,
+            scorable_BT=~np.isnan(whole.reward_BT),
+        )
+        return self._own(advantage_BT, batch)
+
+    def update(self, batch: RolloutBatch, advantage_BT: np.ndarray) -> dict[str, float]:
+        """Learn from one batch; in each epoch every token sequence is read once.
+
+        Returns:
+            losses and gradient norm, means over the gradient steps.
+        """
+        started = time.perf_counter()
+        sums: dict[str, float] = defaultdict(float)
+        for epoch in range(self.settings["n_epochs"]):
+            for dialogues in self._minibatches(len(batch.group_B), epoch):
+                _add(sums, self._gradient_step(batch, advantage_BT, dialogues))
+        if self.processes.num_processes > 1:
+            sums = _added(gather_object([dict(sums)]))
+        steps = sums.pop("steps")
+        tokens, ratios = max(1, sums.pop("tokens", 0)), sums.pop("ratios", 0)
+        measured = {
+            "train/policy_loss": sums.get("policy_loss", 0.0) / steps,
+            "train/grad_norm": sums["grad_norm"] / steps,
+            "train/approx_kl": sums.get("approx_kl", 0.0) / tokens,
+            "train/skipped_steps": float(self.optimization.num_skipped),
+            "time/update_seconds": time.perf_counter() - started,
+        }
+        if not self._one_step_per_batch:
+            measured["train/clip_fraction"] = sums.get("clipped", 0) / max(1, ratios)
+        for name in ("kl", "entropy", "value_loss"):
+            if name in sums:
+                measured[f"train/{name}"] = sums[name] / steps
+        return measured
+
+    def _gradient_step(
+        self, batch: RolloutBatch, advantage_BT: np.ndarray, dialogues: np.ndarray
+    ) -> dict[str, float]:
+        tape = batch.tape
+        assert tape is not None
+        processes = self.processes.num_processes
+        sequences = np.flatnonzero(np.isin(tape.episode_S, dialogues))
+        sums: dict[str, float] = defaultdict(float, steps=1 / processes)
+        for part in microbatches(tape.length_S[sequences], self.settings["token_budget"]):
+            micro = self._micro_batch(
+                tape, sequences[part], advantage_BT, len(dialogues) * processes
+            )
+            loss, measured = self.loss(micro)
+            self.optimization.backward(loss)
+            _add(sums, measured)
+        step = self.optimization.step()
+        sums["grad_norm"] += step.grad_norm / processes
+        self._skips_in_a_row = self._skips_in_a_row + 1 if step.skipped else 0
+        return sums
+
+    def loss(self, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return what is to be minimised on these sequences, and sums to report."""
+        scores = self.scores(micro)
+        policy_loss = self._policy_loss(scores, micro)
+        loss, spoken_sL = policy_loss, micro.turn_sL >= 0
+        drift_sL = torch.where(spoken_sL, scores.logprob_SL - micro.old_logprob_sL, 0.0).detach()
+        sums: dict[str, float] = {
+            "policy_loss": policy_loss.item(),
+            "approx_kl": (drift_sL.exp() - 1 - drift_sL).sum().item(),
+            "tokens": int(spoken_sL.sum()),
+        }
+        if not self._one_step_per_batch:
+            sums["clipped"], sums["ratios"] = clip_fraction(
+                *self._ratio_inputs(scores, micro), **self._ratio_settings
+            )
+        if self._reference is not None:
+            reference_sL = self._reference.logprobs(micro.token_sL, spoken_sL)
+            kl = kl_to_reference(
+                scores.logprob_SL, reference_sL, spoken_sL, num_episodes=micro.num_episodes
+            )
+            sums["kl"] = kl.item()
+            loss = loss + self.settings["kl_coef"] * kl
+        if scores.entropy_SL is not None:
+            entropy = scores.entropy_SL.sum() / micro.num_episodes
+            sums["entropy"] = entropy.item()
+            loss = loss - self.settings["ent_coef"] * entropy
+        return loss, sums
+
+    def scores(self, micro: MicroBatch) -> Scores:
+        """Return log-probabilities of the agent's tokens, and entropies if they have a weight."""
+        return self.policy.scores(
+            micro.token_sL, micro.turn_sL, entropy=self.settings["ent_coef"] != 0
+        )
+
+    def _policy_loss(self, scores: Scores, micro: MicroBatch) -> torch.Tensor:
+        if self._one_step_per_batch:  # all ratios are 1
+            return policy_gradient_loss(
+                scores.logprob_SL,
+                micro.advantage_sT,
+                micro.turn_sL,
+                num_episodes=micro.num_episodes,
+            )
+        return clipped_loss(
+            *self._ratio_inputs(scores, micro),
+            **self._ratio_settings,
+            num_episodes=micro.num_episodes,
+        )
+
+    @staticmethod
+    def _ratio_inputs(scores: Scores, micro: MicroBatch) -> tuple[torch.Tensor, ...]:
+        return scores.logprob_SL, micro.old_logprob_sL, micro.turn_sL, micro.advantage_sT
+
+    @property
+    def _ratio_settings(self) -> dict[str, Any]:
+        return {"clip_range": self.settings["clip_range"], "level": self.settings["ratio_level"]}
+
+    @property
+    def _one_step_per_batch(self) -> bool:
+        return self.settings["n_epochs"] == 1 and self.settings["batch_size"] is None
+
+    def _minibatches(self, num_dialogues: int, epoch: int) -> list[np.ndarray]:
+        """Return the dialogues of each gradient step, shuffled where there are several steps."""
+        size = self.settings["batch_size"] or num_dialogues
+        if size >= num_dialogues:
+            return [np.arange(num_dialogues)]
+        shuffled = np.random.default_rng([self.seed, self.num_updates, epoch])
+        return np.split(shuffled.permutation(num_dialogues), range(size, num_dialogues, size))
+
+    def _micro_batch(
+        self, tape: Tape, rows: np.ndarray, advantage_BT: np.ndarray, num_episodes: int
+    ) -> MicroBatch:
+        longest, device = int(tape.length_S[rows].max()), self.policy.device
+
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.as_tensor(array, device=device)
+
+        return MicroBatch(
+            token_sL=tensor(tape.token_SL[rows, :longest]),
+            turn_sL=tensor(tape.turn_SL[rows, :longest]),
+            old_logprob_sL=tensor(tape.old_logprob_SL[rows, :longest]),
+            advantage_sT=tensor(advantage_BT[tape.episode_S[rows]].astype(np.float32)),
+            episode_s=tape.episode_S[rows],
+            num_episodes=num_episodes,
+        )
+
+    def _make_optimization(self) -> Optimization:
+        return Optimization(
+            [list(module.parameters()) for module in self._trained().values()],
+            self._learning_rates(),
+            adam_eps=self.settings["adam_eps"],
+            max_grad_norm=self.settings["max_grad_norm"],
+            skip_grad_norm=self.settings["skip_grad_norm"],
+            processes=self.processes,
+        )
+
+    def _trained(self) -> dict[str, torch.nn.Module]:
+        """Return all that learns, by name."""
+        return {"model": self.policy.model}
+
+    def _learning_rates(self) -> list[float]:
+        """Return the learning rate of each of `_trained`."""
+        return [self.settings["learning_rate"]]
 
     def _set_learning_rate(self, remaining: float) -> None:
         """Set the step size when a share `remaining` in (0, 1] of the turns is still to come."""
         linear = self.settings["lr_schedule"] == "linear"
-        share = max(0.05, remaining) if linear else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings["learning_rate"] * share
+        self.optimization.scale_learning_rates(max(0.05, remaining) if linear else 1.0)
 
-    def collect(self) -> RolloutBatch:
-        """Play one dialogue in every slot with the current policy; seeded by agent and update."""
-        assert self.env is not None
-        grouped = _has_groups(self.env)
-        group_size = self.settings["group_size"]
-        seed = int(np.random.SeedSequence([self.seed, self.num_updates]).generate_state(1)[0])
-        return collect_rollouts(
-            self.env,
-            self.policy,
-            seed=seed,
-            options={"group_size": group_size} if grouped else None,
-        )
-
-    def credited(self, batch: RolloutBatch) -> np.ndarray:
-        """Return advantage_BT: each turn's partial return minus its baseline."""
-        num_turns = batch.reward_BT.shape[1]
-        longest = max(num_turns, _max_turns(self.env))
-        weight_TT = credit_weights(
-            self.credit, longest, batch.boundaries, scale=self.settings["scale"]
-        )[:num_turns, :num_turns]
-        return_BT = partial_returns(batch.reward_BT, weight_TT, batch.alive_BT)
-        return advantages(
-            return_BT,
-            baseline=self.settings["baseline"],
-            group_B=batch.group_B,
-            alive_BT=batch.alive_BT,
-            scorable_BT=~np.isnan(batch.reward_BT),
-        )
-
-    def update(self, batch: RolloutBatch, advantage_BT: np.ndarray) -> dict[str, float]:
-        """Take one gradient step; each dialogue is read once, as one sequence.
-
-        Returns:
-            policy loss, KL to the initial model (if asked for) and norm of the gradient.
-        """
-        assert batch.token_BL is not None and batch.length_B is not None
-        started = time.perf_counter()
-        num_episodes = len(batch.group_B)
-        loss_sum = kl_sum = 0.0
-        self.optimizer.zero_grad(set_to_none=True)
-        for row_b in microbatches(batch.length_B, self.settings["token_budget"]):
-            longest = int(batch.length_B[row_b].max())
-            token_BL = torch.as_tensor(batch.token_BL[row_b, :longest], device=self.policy.device)
-            turn_BL = torch.as_tensor(batch.turn_BL[row_b, :longest], device=self.policy.device)  # type: ignore[index]
-            advantage_bT = torch.as_tensor(
-                advantage_BT[row_b], dtype=torch.float32, device=self.policy.device
+    def _ready_to_learn(self) -> gym.vector.VectorEnv[Any, Any, Any]:
+        if self.env is None:
+            raise ValueError("This agent has no environment to learn in; set agent.env first.")
+        if not self.policy.sampler.full_support:
+            raise ValueError(
+                f"This policy samples with top_k={self.policy.sampler.top_k} and "
+                f"top_p={self.policy.sampler.top_p}, so what it says does not come from the "
+                "softmax that training differentiates; learn with top_k=0, top_p=1 and restrict "
+                "sampling afterwards."
             )
-            logprob_BL = self.policy.logprobs(token_BL, turn_BL)
-            loss = policy_gradient_loss(
-                logprob_BL, advantage_bT, turn_BL, num_episodes=num_episodes
-            )
-            loss_sum += loss.item()
-            if self._reference is not None:
-                with torch.no_grad():
-                    reference_BL = self._reference.logprobs(token_BL, turn_BL)
-                kl = kl_to_reference(
-                    logprob_BL, reference_BL, turn_BL >= 0, num_episodes=num_episodes
-                )
-                kl_sum += kl.item()
-                loss = loss + self.settings["kl_coef"] * kl
-            loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.model.parameters(), self.settings["max_grad_norm"]
+        return self.env
+
+    # -- several processes -------------------------------------------------------------------------
+
+    def _whole(self, batch: RolloutBatch) -> RolloutBatch:
+        """Return the dialogues of all processes, without their tokens."""
+        if self.processes.num_processes == 1:
+            return batch
+        return join_batches(gather_object([batch.without_tape()]))
+
+    def _own(self, value_BT: np.ndarray, batch: RolloutBatch) -> np.ndarray:
+        """Return this process's part of an array over all dialogues."""
+        size = len(batch.group_B)
+        first = self.processes.process_index * size
+        return value_BT[first : first + size, : batch.reward_BT.shape[1]]
+
+    # -- when something goes wrong -----------------------------------------------------------------
+
+    @contextmanager
+    def _memory_explained(self, env: gym.vector.VectorEnv[Any, Any, Any]) -> Iterator[None]:
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+            if not known and "can't allocate memory" not in str(error):
+                raise
+            raise MemoryError(
+                f"Out of memory on {self.policy.device} in update {self.num_updates + 1} "
+                f"({str(error).splitlines()[0]}). In this order: lower token_budget (now "
+                f"{self.settings['token_budget']}), turn gradient_checkpointing on, train a LoRA "
+                f"adapter (lora_rank), use fewer slots (num_envs, now {env.num_envs}) or shorter "
+                f"lines (max_new_tokens, now {self.policy.max_new_tokens}). The last checkpoint, "
+                "if there is one, is untouched."
+            ) from error
+
+    def _stop_if_diverged(self, batch: RolloutBatch) -> None:
+        if self._skips_in_a_row < self.settings["max_skips"]:
+            return
+        raise DivergedError(
+            f"{self._skips_in_a_row} gradients in a row were not finite or larger than "
+            f"skip_grad_norm={self.settings['skip_grad_norm']:g} (last norm "
+            f"{self.log['train/grad_norm']:g}, update {self.num_updates}). Lower learning_rate "
+            f"(now {self.settings['learning_rate']:g}), use dtype float32, or look at the rewards "
+            "of the batch.",
+            batch,
         )
-        self.optimizer.step()
-        measured = {
-            "train/policy_loss": loss_sum,
-            "train/grad_norm": float(norm),
-            "time/update_seconds": time.perf_counter() - started,
-        }
-        return measured if self._reference is None else {**measured, "train/kl": kl_sum}
+
+    # -- reports -----------------------------------------------------------------------------------
 
     def _record(self, batch: RolloutBatch, measured: dict[str, float]) -> None:
         self.num_updates += 1
@@ -246,6 +509,7 @@ class PPGAgent:
             "rollout/ep_rew_mean": float(np.nansum(reward_BT, axis=1).mean()),
             "rollout/turn_rew_mean": _mean(reward_BT),
             "rollout/cut_rate": float(batch.cut_BT[batch.alive_BT].mean()),
+            "rollout/overflow_rate": float(batch.overflow_B.mean()),
             "judge/unscorable_rate": float(np.isnan(batch.reward_BT[batch.alive_BT]).mean()),
             **measured,
             "time/rollout_seconds": batch.seconds,
@@ -255,6 +519,8 @@ class PPGAgent:
             formed_BT = batch.part_BT["well_formed"][batch.alive_BT]
             self.log["judge/degenerate_rate"] = 1.0 - _mean(formed_BT)
         self.history.append(self.log)
+
+    # -- acting ------------------------------------------------------------------------------------
 
     def predict(
         self, observation: Messages | Sequence[Messages], deterministic: bool = False
@@ -268,23 +534,24 @@ class PPGAgent:
         """Speak for many dialogues at once, as `collect_rollouts` and `evaluate_policy` ask for."""
         return self.policy.begin(batch_size, rngs)
 
+    # -- the trained agent on disk -----------------------------------------------------------------
+
     def save(self, path: str | Path) -> None:
         """Write model, tokenizer and settings to the folder `path`; weights as safetensors.
 
-        transformers.AutoModelForCausalLM.from_pretrained(path) reads the model as it is.
+        transformers.AutoModelForCausalLM.from_pretrained(path) reads the model as it is, peft an
+        adapter. Under `accelerate launch` only the first process writes.
         """
+        if not self.processes.is_main_process:
+            return
         folder = Path(path)
         self.policy.save(folder)
         record = {
-            "credit": self.credit.matrix if isinstance(self.credit, Subset) else str(self.credit),
-            "seed": self.seed,
+            **self._origin(),
             "num_timesteps": self.num_timesteps,
             "num_updates": self.num_updates,
-            "max_new_tokens": self.policy.max_new_tokens,
-            "temperature": self.policy.temperature,
-            "settings": self.settings,
         }
-        (folder / _SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (folder / AGENT_SETTINGS).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(
@@ -296,23 +563,12 @@ class PPGAgent:
 
         Raises:
             FileNotFoundError: if the folder holds no saved agent.
+            ValueError: if it holds an agent of another kind.
         """
-        file = Path(path) / _SETTINGS
-        if not file.exists():
-            raise FileNotFoundError(
-                f"{path} holds no saved agent ({_SETTINGS} is missing); PPGAgent.save writes one. "
-                "A plain Hugging Face model becomes an agent with PPGAgent(path, env, credit=...)."
-            )
-        record = json.loads(file.read_text(encoding="utf-8"))
-        policy = LMPolicy.from_pretrained(
-            path,
-            max_new_tokens=record["max_new_tokens"],
-            temperature=record["temperature"],
-            seed=record["seed"],
-        )
+        record = read_agent_settings(path, _kind_of(cls))
         credit = record["credit"]
         agent = PPGAgent(
-            policy,
+            load_policy(path, seed=record["seed"]),
             env,
             credit if isinstance(credit, str) else Subset(credit),
             seed=record["seed"],
@@ -320,6 +576,110 @@ class PPGAgent:
         )
         agent.num_timesteps, agent.num_updates = record["num_timesteps"], record["num_updates"]
         return agent
+
+    def _origin(self) -> dict[str, Any]:
+        """Return what makes this agent this agent, as JSON."""
+        credit = self.credit.matrix if isinstance(self.credit, Subset) else str(self.credit)
+        return {
+            "agent": _kind_of(type(self)),
+            "credit": credit,
+            "seed": self.seed,
+            "max_new_tokens": self.policy.max_new_tokens,
+            "temperature": self.policy.temperature,
+            "settings": self.settings,
+        }
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def checkpoint(self, folder: str | Path, keep: int = 2) -> Path | None:
+        """Write all that learning needs to go on bit for bit; see checkpoint.py.
+
+        It holds trained weights, the optimizer, every random state, counters and the goal of
+        `learn`. Environments have no state between two updates: each starts with a reset, seeded by
+        agent and update. To be called from a callback, in all processes; the first one writes.
+
+        Returns:
+            The checkpoint; None in the other processes.
+
+        Raises:
+            OSError: it could not be written; earlier ones are untouched.
+        """
+        states = gather_object([random_states()])
+        place = None
+        if self.processes.is_main_process:
+            place = write_checkpoint(
+                folder,
+                self.num_updates,
+                lambda path: self._write_state(path, states),
+                {**self._origin(), "num_processes": self.processes.num_processes},
+                keep,
+            )
+        self.processes.wait_for_everyone()
+        return place
+
+    def restore(self, folder: str | Path) -> bool:
+        """Go on from the newest checkpoint in `folder`; False if there is none.
+
+        This agent must be made as the one that wrote it was; `learn()` then goes on to its goal.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or of another run; this agent is unchanged.
+        """
+        found = checkpoints(folder)
+        if not found:
+            return False
+        origin = {**self._origin(), "num_processes": self.processes.num_processes}
+        read_checkpoint(found[-1], origin)
+        self._read_state(found[-1])
+        return True
+
+    def _write_state(self, path: Path, states: list[dict[str, Any]]) -> None:
+        save_file(self._weights(), path / "model.safetensors")
+        tensors, counters = self.optimization.state()
+        save_file(tensors, path / "optimizer.safetensors")
+        state = {
+            "num_timesteps": self.num_timesteps,
+            "num_updates": self.num_updates,
+            "span": self._span,
+            "skips_in_a_row": self._skips_in_a_row,
+            "log": self.log,
+            "history": self.history,
+            "policy_seeds": self.policy.num_seeds_spawned,
+            "optimizer": counters,
+            "random_states": states,
+        }
+        (path / "state.json").write_text(json.dumps(state) + "\n", encoding="utf-8")
+
+    def _read_state(self, path: Path) -> None:
+        weights, own = load_file(path / "model.safetensors"), self._weights()
+        for name in sorted(weights.keys() | own.keys()):
+            there = tuple(weights[name].shape) if name in weights else None
+            here = tuple(own[name].shape) if name in own else None
+            if there != here:
+                raise CheckpointError(
+                    f"{path} is a checkpoint of another model: {name} has shape {there} there and "
+                    f"{here} here. Choose another run folder, or the model that it was made with."
+                )
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(weights[name])
+        self.optimization.restore(load_file(path / "optimizer.safetensors"), state["optimizer"])
+        self.num_timesteps, self.num_updates = state["num_timesteps"], state["num_updates"]
+        self._span = tuple(state["span"])
+        self._skips_in_a_row = state["skips_in_a_row"]
+        self.log, self.history = state["log"], state["history"]
+        self.policy.num_seeds_spawned = state["policy_seeds"]
+        restore_random_states(state["random_states"][self.processes.process_index])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        """Return all trained tensors by name."""
+        return {
+            f"{module}.{name}": parameter.detach()
+            for module, trained in self._trained().items()
+            for name, parameter in trained.named_parameters()
+            if parameter.requires_grad
+        }
 
 
 class FullPlanningAgent(PPGAgent):
@@ -358,51 +718,52 @@ class SegmentAgent(PPGAgent):
         super().__init__(policy, env, Segment(length=length, boundaries=cuts), **settings)
 
 
-def load_policy(
-    policy: str | Path, max_new_tokens: int | None = None, seed: int | None = None
-) -> LMPolicy:
-    """Return the LMPolicy of "nano", or of the folder or name of a Hugging Face model.
-
-    A saved agent speaks with its own longest line and temperature.
+def read_agent_settings(path: str | Path, kind: str) -> dict[str, Any]:
+    """Return the settings of a saved agent of this kind.
 
     Raises:
-        ValueError: if there is no such model; says what there is and suggests the nearest.
+        FileNotFoundError: if the folder holds no saved agent.
+        ValueError: if it holds an agent of another kind.
     """
-    check_model_name(policy)
-    saved = Path(policy) / _SETTINGS
-    if saved.exists():
-        record = json.loads(saved.read_text(encoding="utf-8"))
-        longest, temperature = record["max_new_tokens"], record["temperature"]
-    else:
-        longest, temperature = (32 if str(policy) == "nano" else 64), 1.0
-    return LMPolicy.from_pretrained(
-        NANO if str(policy) == "nano" else policy,
-        max_new_tokens=longest if max_new_tokens is None else max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-
-
-def check_model_name(policy: str | Path) -> None:
-    """Refuse what can be neither "nano" nor a folder nor a Hugging Face name; loads nothing.
-
-    A slip such as "nanoo" is refused here: asking Hugging Face for it takes long, offline a minute.
-
-    Raises:
-        ValueError: says what there is and suggests the nearest.
-    """
-    name = str(policy)
-    if name == "nano" or Path(policy).is_dir():
-        return
-    near = difflib.get_close_matches(name, ["nano"], n=1)
-    is_path = isinstance(policy, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))
-    if near or is_path or name.startswith("runs/"):
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"Unknown agent or model {name!r}.{hint} There are 'nano' (bundled), folders such as "
-            "runs/train/agent (written by ppg train and PPGAgent.save; this one does not exist), "
-            "and Hugging Face names such as 'org/model'."
+    file = Path(path) / AGENT_SETTINGS
+    if not file.exists():
+        raise FileNotFoundError(
+            f"{path} holds no saved agent ({AGENT_SETTINGS} is missing); {kind}.save writes one. A "
+            f"plain Hugging Face model becomes an agent with {kind}(path, env, ...)."
         )
+    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if record["agent"] != kind:
+        raise ValueError(f"{path} holds a {record['agent']}; load it with {record['agent']}.load.")
+    return record
+
+
+def _kind_of(agent: type) -> str:
+    """Return the class that loads the agent: the named ones are a PPGAgent with a credit."""
+    own = [cls.__name__ for cls in agent.__mro__ if "load" in vars(cls)]
+    return own[0]
+
+
+def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is {' or '.join(map(repr, known))}, got {value!r}.")
+
+
+def _refuse_below_one(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def _added(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        _add(total, part)
+    return total
 
 
 def _checked_env(env: Any, group_size: int, baseline: str) -> Any:

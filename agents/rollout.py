@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -20,6 +20,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from .policy import Messages, Policy
+from .tape import Tape
 
 # Keeps the agent's random streams apart from those that an environment spawns from the same seed.
 _AGENT_STREAM = 0x5BEA4
@@ -42,6 +43,8 @@ class RolloutBatch:
     """Whether the line was cut by `max_new_tokens`, bool; all False for policies without tokens."""
     truncated_B: np.ndarray
     """Whether the environment, or a full model context, cut the dialogue off, bool."""
+    overflow_B: np.ndarray
+    """Whether the dialogue was stopped because it filled the model's context, bool."""
     part_BT: dict[str, np.ndarray]
     """The reward's components by name, float64 (B, T); NaN where there was none."""
     transcripts: list[Messages]
@@ -50,39 +53,49 @@ class RolloutBatch:
     """First turn of each phase, where the environment has phases."""
     seconds: float
     """Wall-clock time of the collection."""
-    token_BL: np.ndarray | None = None
-    """Token ids, int64, right-padded; None (as the next two) where the policy has no tokens."""
-    turn_BL: np.ndarray | None = None
-    """The turn that spoke the token, int64; -1 for tokens that are not the agent's."""
-    old_logprob_BL: np.ndarray | None = None
-    """Log-probabilities of the agent's tokens when sampled, float32; 0 elsewhere."""
-    length_B: np.ndarray | None = None
-    """Number of tokens of each dialogue, int64."""
+    num_tokens: int = 0
+    """Tokens that the agent sampled; 0 where the policy has no tokens or they were not kept."""
+    tape: Tape | None = None
+    """The dialogues in tokens; None where the policy has none."""
 
     @property
     def num_turns(self) -> int:
         """Agent turns in the batch: timesteps."""
         return int(self.alive_BT.sum())
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the agent sampled; 0 where the policy has no tokens."""
-        return 0 if self.turn_BL is None else int((self.turn_BL >= 0).sum())
+    def without_tape(self) -> RolloutBatch:
+        """Return the batch without its tokens."""
+        return replace(self, tape=None)
 
 
-class _TokenRecord(Protocol):
-    """The fields of `lm_policy.Tape` that a batch takes over."""
+def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
+    """Return the dialogues of several batches as one, without tokens; `seconds` is the longest."""
+    num_turns = max(batch.reward_BT.shape[1] for batch in batches)
 
-    @property
-    def token_BL(self) -> np.ndarray: ...
-    @property
-    def turn_BL(self) -> np.ndarray: ...
-    @property
-    def old_logprob_BL(self) -> np.ndarray: ...
-    @property
-    def length_B(self) -> np.ndarray: ...
-    @property
-    def cut_BT(self) -> np.ndarray: ...
+    def joined(arrays: Sequence[np.ndarray], fill: Any) -> np.ndarray:
+        wide = [
+            np.pad(a, ((0, 0), (0, num_turns - a.shape[1])), constant_values=fill) for a in arrays
+        ]
+        return np.concatenate(wide)
+
+    names = dict.fromkeys(name for batch in batches for name in batch.part_BT)
+    none = {id(batch): np.full(batch.reward_BT.shape, np.nan) for batch in batches}
+    return RolloutBatch(
+        reward_BT=joined([b.reward_BT for b in batches], 0.0),
+        alive_BT=joined([b.alive_BT for b in batches], False),
+        group_B=np.concatenate([b.group_B for b in batches]),
+        cut_BT=joined([b.cut_BT for b in batches], False),
+        truncated_B=np.concatenate([b.truncated_B for b in batches]),
+        overflow_B=np.concatenate([b.overflow_B for b in batches]),
+        part_BT={
+            name: joined([b.part_BT.get(name, none[id(b)]) for b in batches], np.nan)
+            for name in names
+        },
+        transcripts=[transcript for b in batches for transcript in b.transcripts],
+        boundaries=batches[0].boundaries,
+        seconds=max(b.seconds for b in batches),
+        num_tokens=sum(b.num_tokens for b in batches),
+    )
 
 
 class _Speaker(Protocol):
@@ -97,7 +110,7 @@ class _Speaker(Protocol):
         self, observations: Sequence[Messages], active_B: np.ndarray, deterministic: bool
     ) -> list[str]: ...
 
-    def tape(self) -> _TokenRecord | None: ...
+    def tape(self) -> Tape | None: ...
 
 
 @runtime_checkable
@@ -136,6 +149,7 @@ def collect_rollouts(
     seed: int | None = None,
     options: dict[str, Any] | None = None,
     deterministic: bool = False,
+    first_slot: int = 0,
     keep_tokens: bool = True,
 ) -> RolloutBatch:
     """Play one dialogue from start to end in every slot of `envs` and return what happened.
@@ -148,19 +162,20 @@ def collect_rollouts(
             the agent. Policies without `begin` have their own seed.
         options: passed to `reset`, e.g. {"group_size": 8}.
         deterministic: the agent takes its most likely line.
-        keep_tokens: ask the policy for its token record; False for mere acting, where a chat
-            template that cannot be trained on is no obstacle.
-
-    Raises:
-        ValueError: if `keep_tokens` and the policy's chat template cannot give one sequence per
-            dialogue.
+        first_slot: number of the first slot where several processes play parts of one batch:
+            slot i here is then slot first_slot + i of the whole, with its seeds.
+        keep_tokens: keep the policy's token record; False for mere acting.
     """
     start = time.perf_counter()
     size = envs.num_envs
-    speaker = _speaker(policy, size, seed)
-    observations, infos = envs.reset(seed=seed, options=None if options is None else dict(options))
+    speaker = _speaker(policy, size, seed, first_slot)
+    first_group = first_slot // (options or {}).get("group_size", 1)
+    observations, infos = envs.reset(
+        seed=None if seed is None else seed + first_group,
+        options=None if options is None else dict(options),
+    )
     transcripts: list[Messages] = list(observations)
-    group_B = _groups(infos, size)
+    group_B = _groups(infos, first_slot, size)
     alive_B = np.ones(size, dtype=bool)
     truncated_B = np.zeros(size, dtype=bool)
     rewards, alives, parts = [], [], []
@@ -195,32 +210,37 @@ def collect_rollouts(
         group_B=group_B,
         cut_BT=np.zeros_like(alive_BT) if tape is None else tape.cut_BT[:, : alive_BT.shape[1]],
         truncated_B=truncated_B | speaker.truncated_B,
+        overflow_B=speaker.truncated_B.copy(),
         part_BT=_stack_parts(parts, size),
         transcripts=transcripts,
         boundaries=_boundaries(envs),
         seconds=time.perf_counter() - start,
-        token_BL=None if tape is None else tape.token_BL,
-        turn_BL=None if tape is None else tape.turn_BL,
-        old_logprob_BL=None if tape is None else tape.old_logprob_BL,
-        length_B=None if tape is None else tape.length_B,
+        num_tokens=0 if tape is None else tape.num_sampled,
+        tape=tape,
     )
 
 
-def agent_generators(seed: int | None, number: int) -> list[np.random.Generator]:
+def agent_generators(
+    seed: int | None, number: int, first_slot: int = 0
+) -> list[np.random.Generator]:
     """Return one generator per slot; slot b's depends on the seed and b alone, not on `number`."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(_AGENT_STREAM,))
+    sequence = np.random.SeedSequence(
+        seed, spawn_key=(_AGENT_STREAM,), n_children_spawned=first_slot
+    )
     return [np.random.default_rng(child) for child in sequence.spawn(number)]
 
 
-def _speaker(policy: Policy | _BatchPolicy, size: int, seed: int | None) -> _Speaker:
+def _speaker(
+    policy: Policy | _BatchPolicy, size: int, seed: int | None, first_slot: int
+) -> _Speaker:
     if isinstance(policy, _BatchPolicy):
-        return policy.begin(size, agent_generators(seed, size))
+        return policy.begin(size, agent_generators(seed, size, first_slot))
     return _OneByOne(policy, size)
 
 
-def _groups(infos: Mapping[str, Any], size: int) -> np.ndarray:
+def _groups(infos: Mapping[str, Any], first_slot: int, size: int) -> np.ndarray:
     if "group_id" not in infos:
-        return np.arange(size)
+        return np.arange(first_slot, first_slot + size)
     return np.asarray(infos["group_id"], dtype=np.int64).copy()
 
 

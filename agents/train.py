@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 import gymnasium as gym
 
 from .compare import ENV_ID
-from .ppg import PPGAgent, load_policy
+from .loading import load_policy
+from .ppg import PPGAgent
 from .runs import RunFolder
 
 
@@ -59,7 +60,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         noise=c.noise,
     )
     agent = PPGAgent(
-        load_policy(c.model, c.max_new_tokens, c.seed),
+        load_policy(c.model, max_new_tokens=c.max_new_tokens, seed=c.seed),
         envs,
         c.credit,
         learning_rate=c.learning_rate,

@@ -12,16 +12,17 @@ import torch
 from tiny_models import (
     CHATML,
     PLAIN,
-    REWRITING,
-    THOUGHTLESS,
     blank_first_tokenizer,
     tiny_model,
     tiny_policy,
     tiny_tokenizer,
 )
 
-from agents.decoding import sample_tokens
-from agents.lm_policy import Conversation, LMPolicy, Tape, microbatches
+from agents.conversation import Conversation
+from agents.lm_policy import LMPolicy
+from agents.sampling import sample_tokens
+from agents.scoring import microbatches
+from agents.tape import Tape
 
 CACHED = ["llama", "qwen2", "mistral", "mixed", "gemma2", "gpt2"]
 Chat = list[dict[str, str]]
@@ -75,14 +76,14 @@ def play(
 
 def plain_logprobs(policy: LMPolicy, tape: Tape) -> np.ndarray:
     """Score the agent's tokens, one dialogue at a time, with full logits and no cache."""
-    found = np.zeros(tape.token_BL.shape, dtype=np.float32)
-    for b, length in enumerate(tape.length_B):
-        ids = torch.as_tensor(tape.token_BL[b, :length])[None]
+    found = np.zeros(tape.token_SL.shape, dtype=np.float32)
+    for b, length in enumerate(tape.length_S):
+        ids = torch.as_tensor(tape.token_SL[b, :length])[None]
         with torch.no_grad():
             logits = policy.model(ids, use_cache=False).logits[0].float() / policy.temperature
         logprob_L = logits[:-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].numpy()
         found[b, 1:length] = logprob_L
-    return np.where(tape.turn_BL >= 0, found, 0.0)
+    return np.where(tape.turn_SL >= 0, found, 0.0)
 
 
 # -- acting ----------------------------------------------------------------------------------------
@@ -94,8 +95,8 @@ def test_cached_acting_gives_the_logits_of_plain_encoding(kind: str) -> None:
     assert policy.network.serves_cache
     conversation, _ = play(policy, list(range(6)), ends={1: 1, 4: 2})
     tape = conversation.tape()
-    assert (tape.turn_BL >= 0).sum() > 60
-    np.testing.assert_allclose(tape.old_logprob_BL, plain_logprobs(policy, tape), atol=1e-4)
+    assert (tape.turn_SL >= 0).sum() > 60
+    np.testing.assert_allclose(tape.old_logprob_SL, plain_logprobs(policy, tape), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [*CACHED, "mamba"])
@@ -104,9 +105,9 @@ def test_log_probabilities_of_training_equal_those_of_sampling(kind: str) -> Non
     policy = tiny_policy(kind, temperature=0.8, max_new_tokens=5 if kind == "mamba" else 12)
     conversation, _ = play(policy, [0, 1, 2, 3], num_turns=3, ends={2: 1})
     tape = conversation.tape()
-    logprob_BL = policy.logprobs(tape.token_BL, tape.turn_BL)
+    logprob_BL = policy.logprobs(tape.token_SL, tape.turn_SL)
     assert logprob_BL.requires_grad
-    np.testing.assert_allclose(tape.old_logprob_BL, logprob_BL.detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(tape.old_logprob_SL, logprob_BL.detach().numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixed", "gpt2"])
@@ -117,8 +118,8 @@ def test_a_dialogue_does_not_depend_on_the_batch_it_rides_in(kind: str) -> None:
     for slot in (1, 3, 4):
         alone, said_alone = play(policy, [slot], ends={3: 2})
         assert said_alone[0] == said[slot]
-        length = tape.length_B[slot]
-        np.testing.assert_array_equal(alone.tape().token_BL[0], tape.token_BL[slot, :length])
+        length = tape.length_S[slot]
+        np.testing.assert_array_equal(alone.tape().token_SL[0], tape.token_SL[slot, :length])
 
 
 def test_a_turn_reads_only_its_new_tokens() -> None:
@@ -160,11 +161,11 @@ def test_the_tape_is_the_rendered_dialogue_where_lines_are_plain_text() -> None:
         chats = [goes_on(chats[0], text, turn, 0)]
     tape = conversation.tape()
     rendered = policy.tokenizer.apply_chat_template(chats[0][:5], tokenize=False).rstrip("\n")
-    assert policy.tokenizer.decode(tape.token_BL[0]) == rendered
-    assert policy.tokenizer.decode(tape.token_BL[0][tape.turn_BL[0] == 1]) == (
+    assert policy.tokenizer.decode(tape.token_SL[0]) == rendered
+    assert policy.tokenizer.decode(tape.token_SL[0][tape.turn_SL[0] == 1]) == (
         "I like the rain.<|im_end|>"
     )
-    assert tape.token_BL[0].tolist() == policy.format.encode(rendered)
+    assert tape.token_SL[0].tolist() == policy.format.encode(rendered)
 
 
 def _force(policy: LMPolicy, lines: list[list[int]]) -> None:
@@ -189,7 +190,7 @@ def test_a_line_without_words_is_spoken_as_an_ellipsis() -> None:
     assert conversation.reply([chat]) == ["..."]
     assert conversation.reply([goes_on(chat, "...", 0, 0)]) == ["..."]
     tape = conversation.tape()
-    assert (tape.turn_BL >= 0).sum(axis=1).tolist() == [2]
+    assert (tape.turn_SL >= 0).sum(axis=1).tolist() == [2]
     assert not tape.cut_BT.any()
 
 
@@ -204,9 +205,9 @@ def test_a_cut_line_is_flagged_and_gets_the_end_token_as_a_forced_one() -> None:
     conversation.reply([goes_on(chat, "dogdogdog", 0, 0)])
     tape = conversation.tape()
     np.testing.assert_array_equal(tape.cut_BT, [[True, False]])
-    first = np.flatnonzero(tape.turn_BL[0] == 0)
-    assert tape.token_BL[0, first[-1] + 1] == end
-    assert tape.turn_BL[0, first[-1] + 1] == -1
+    first = np.flatnonzero(tape.turn_SL[0] == 0)
+    assert tape.token_SL[0, first[-1] + 1] == end
+    assert tape.turn_SL[0, first[-1] + 1] == -1
 
 
 def test_a_sampled_end_token_is_not_doubled() -> None:
@@ -214,8 +215,8 @@ def test_a_sampled_end_token_is_not_doubled() -> None:
     conversation, _ = play(policy, [0, 1, 2, 3])
     tape = conversation.tape()
     end = policy.tokenizer.eos_token_id
-    doubled = (tape.token_BL[:, 1:] == end) & (tape.token_BL[:, :-1] == end)
-    inside = np.arange(tape.token_BL.shape[1] - 1) < tape.length_B[:, None] - 1
+    doubled = (tape.token_SL[:, 1:] == end) & (tape.token_SL[:, :-1] == end)
+    inside = np.arange(tape.token_SL.shape[1] - 1) < tape.length_S[:, None] - 1
     assert not (doubled & inside).any()
 
 
@@ -233,8 +234,8 @@ def test_a_dialogue_that_fills_the_context_stops_and_the_others_go_on(kind: str)
     tape = conversation.tape()
     assert tape.truncated_B.all()
     assert texts == ["", ""]
-    assert tape.length_B.max() <= 100
-    np.testing.assert_allclose(tape.old_logprob_BL, plain_logprobs(policy, tape), atol=1e-4)
+    assert tape.length_S.max() <= 100
+    np.testing.assert_allclose(tape.old_logprob_SL, plain_logprobs(policy, tape), atol=1e-4)
 
 
 def test_a_long_answer_beside_a_nearly_full_dialogue_does_no_harm() -> None:
@@ -252,7 +253,7 @@ def test_a_long_answer_beside_a_nearly_full_dialogue_does_no_harm() -> None:
     conversation.reply([full, short])
     tape = conversation.tape()
     assert not tape.truncated_B.any()
-    np.testing.assert_allclose(tape.old_logprob_BL, plain_logprobs(policy, tape), atol=1e-4)
+    np.testing.assert_allclose(tape.old_logprob_SL, plain_logprobs(policy, tape), atol=1e-4)
 
 
 def test_predict_names_a_dialogue_that_is_too_long() -> None:
@@ -266,9 +267,9 @@ def test_deterministic_lines_are_the_most_likely_ones() -> None:
     conversation, _ = play(policy, [0, 1], deterministic=True)
     tape = conversation.tape()
     with torch.no_grad():
-        best_BL = policy.model(torch.as_tensor(tape.token_BL)).logits.argmax(-1).numpy()
-    spoken = tape.turn_BL[:, 1:] >= 0
-    np.testing.assert_array_equal(best_BL[:, :-1][spoken], tape.token_BL[:, 1:][spoken])
+        best_BL = policy.model(torch.as_tensor(tape.token_SL)).logits.argmax(-1).numpy()
+    spoken = tape.turn_SL[:, 1:] >= 0
+    np.testing.assert_array_equal(best_BL[:, :-1][spoken], tape.token_SL[:, 1:][spoken])
     chat = openings(1)[0]
     assert policy.predict(chat, deterministic=True) == policy.predict(chat, deterministic=True)
 
@@ -303,48 +304,39 @@ def test_a_model_without_keys_and_values_is_read_again_with_a_warning() -> None:
         assert not policy.network.serves_cache
     conversation, _ = play(policy, [0, 1, 2], num_turns=2)
     tape = conversation.tape()
-    np.testing.assert_allclose(tape.old_logprob_BL, plain_logprobs(policy, tape), atol=1e-4)
+    np.testing.assert_allclose(tape.old_logprob_SL, plain_logprobs(policy, tape), atol=1e-4)
 
 
-def test_capped_logits_take_the_full_forward_pass() -> None:
+def test_capped_and_scaled_logits_are_formed_at_the_agents_tokens_only() -> None:
     assert tiny_policy("llama").network.split is not None
     policy = tiny_policy("gemma2")
     policy.model.config.final_logit_softcapping = 2.0
+    split = policy.network.split
+    assert split is not None and split.cap == 2.0
+    conversation, _ = play(policy, [0, 1, 2], num_turns=2)
+    tape = conversation.tape()
+    np.testing.assert_allclose(tape.old_logprob_SL, plain_logprobs(policy, tape), atol=1e-4)
+
+
+def test_logits_that_are_formed_otherwise_take_the_full_forward_pass() -> None:
+    policy = tiny_policy("llama")
+    head = policy.model.forward
+
+    def shifted(*args: Any, **inputs: Any) -> Any:
+        found = head(*args, **inputs)
+        found.logits = found.logits + torch.arange(320) / 100
+        return found
+
+    policy.model.forward = shifted  # type: ignore[method-assign]
     assert policy.network.split is None
+    conversation, _ = play(policy, [0, 1, 2], num_turns=2)
+    tape = conversation.tape()
+    logprob_SL = policy.logprobs(tape.token_SL, tape.turn_SL).detach().numpy()
+    np.testing.assert_allclose(tape.old_logprob_SL, logprob_SL, atol=1e-4)
+    np.testing.assert_allclose(tape.old_logprob_SL, plain_logprobs(policy, tape), atol=1e-4)
 
 
 # -- templates and tokenizers ----------------------------------------------------------------------
-
-
-def test_a_template_that_rewrites_earlier_turns_acts_but_gives_no_tape() -> None:
-    policy = tiny_policy(template=REWRITING)
-    chats = openings(2)
-    conversation = policy.begin(2, generators(0, 2))
-    texts = conversation.reply(chats)
-    chats = [goes_on(chat, text, 0, 0) for chat, text in zip(chats, texts, strict=True)]
-    rngs = generators(0, 2)
-    assert policy.predict_batch(chats[:0], rngs=[]) == []
-    assert policy.predict_batch([chat[:2] for chat in chats], rngs=rngs) == texts
-    assert conversation.reply(chats) == policy.predict_batch(chats, rngs=rngs)
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        conversation.tape()
-
-
-def test_a_template_that_drops_thoughts_gives_a_tape_until_there_are_some() -> None:
-    policy = tiny_policy(template=THOUGHTLESS, max_new_tokens=40)
-    assert policy.format.append_only and not policy.format.keeps_thoughts
-    end = policy.tokenizer.eos_token_id
-    _force(policy, [[*policy.format.encode(t), end] for t in ("No.", "<think>a</think>b", "No.")])
-    conversation = policy.begin(1)
-    chat = openings(1)[0]
-    conversation.reply([chat])
-    conversation.tape()
-    chat = goes_on(chat, "No.", 0, 0)
-    (text,) = conversation.reply([chat])
-    assert text == "<think>a</think>b"
-    with pytest.raises(ValueError, match="thinking block"):
-        conversation.tape()
-    assert conversation.reply([goes_on(chat, text, 1, 0)]) == ["No."]
 
 
 def test_a_template_without_system_role_gets_it_in_the_first_message() -> None:
@@ -353,7 +345,7 @@ def test_a_template_without_system_role_gets_it_in_the_first_message() -> None:
     assert prompt == "user: You like tea.\n\nHello.\nassistant:"
     conversation, _ = play(policy, [0, 1, 2])
     tape = conversation.tape()
-    np.testing.assert_allclose(tape.old_logprob_BL, plain_logprobs(policy, tape), atol=1e-4)
+    np.testing.assert_allclose(tape.old_logprob_SL, plain_logprobs(policy, tape), atol=1e-4)
 
 
 def test_no_start_token_appears_in_the_middle_of_a_dialogue() -> None:
@@ -363,9 +355,9 @@ def test_no_start_token_appears_in_the_middle_of_a_dialogue() -> None:
     start = tokenizer.convert_tokens_to_ids("<s>")
     conversation, _ = play(policy, [0, 1, 2])
     tape = conversation.tape()
-    forced = tape.turn_BL == -1
-    assert (((tape.token_BL == start) & forced).sum(axis=1) == 1).all()
-    assert (tape.token_BL[:, 0] == start).all()
+    forced = tape.turn_SL == -1
+    assert (((tape.token_SL == start) & forced).sum(axis=1) == 1).all()
+    assert (tape.token_SL[:, 0] == start).all()
 
 
 def test_no_blank_appears_in_the_middle_of_a_dialogue() -> None:
@@ -432,12 +424,12 @@ def test_the_gradient_equals_that_of_the_full_logits_also_in_chunks(
 
     def gradients() -> list[np.ndarray]:
         policy.model.zero_grad()
-        weight_BL = torch.linspace(-1, 1, tape.turn_BL.size).reshape(tape.turn_BL.shape)
-        (policy.logprobs(tape.token_BL, tape.turn_BL) * weight_BL).sum().backward()
+        weight_BL = torch.linspace(-1, 1, tape.turn_SL.size).reshape(tape.turn_SL.shape)
+        (policy.logprobs(tape.token_SL, tape.turn_SL) * weight_BL).sum().backward()
         return [parameter.grad.numpy().copy() for parameter in policy.model.parameters()]
 
     whole = gradients()
-    monkeypatch.setattr("agents.lm_policy._LOGITS_PER_CHUNK", 7 * 320)
+    monkeypatch.setattr("agents.scoring._LOGITS_PER_CHUNK", 7 * 320)
     chunked = gradients()
     monkeypatch.setitem(policy.network.__dict__, "split", None)
     full = gradients()
@@ -450,12 +442,12 @@ def test_right_padding_does_not_change_log_probabilities() -> None:
     policy = tiny_policy("gpt2")
     conversation, _ = play(policy, [0, 1, 2], ends={0: 1})
     tape = conversation.tape()
-    wide = np.pad(tape.token_BL, ((0, 0), (0, 9)), constant_values=7)
-    turn = np.pad(tape.turn_BL, ((0, 0), (0, 9)), constant_values=-1)
+    wide = np.pad(tape.token_SL, ((0, 0), (0, 9)), constant_values=7)
+    turn = np.pad(tape.turn_SL, ((0, 0), (0, 9)), constant_values=-1)
     whole = policy.logprobs(wide, turn).detach().numpy()[:, :-9]
-    alone = policy.logprobs(tape.token_BL[:1], tape.turn_BL[:1]).detach().numpy()
+    alone = policy.logprobs(tape.token_SL[:1], tape.turn_SL[:1]).detach().numpy()
     np.testing.assert_allclose(whole[:1], alone, atol=1e-5)
-    np.testing.assert_array_equal(whole[tape.turn_BL < 0], 0.0)
+    np.testing.assert_array_equal(whole[tape.turn_SL < 0], 0.0)
 
 
 def test_log_probabilities_refuse_what_has_no_context() -> None:

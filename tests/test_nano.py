@@ -10,7 +10,7 @@ import pytest
 
 from agents import evaluate_policy
 from agents.evaluate import Evaluation
-from agents.ppg import NANO, load_policy
+from agents.loading import NANO, load_policy
 from ppg_env import DOMAINS, bundled_personas
 
 CASES = [(domain, deterministic) for domain in DOMAINS for deterministic in (False, True)]

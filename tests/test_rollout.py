@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from tiny_models import REWRITING, tiny_policy
+from tiny_models import tiny_policy
 from tiny_worlds import EchoDialogue, EchoDialogues
 
 from agents.lm_policy import LMPolicy
@@ -53,7 +53,7 @@ def test_dialogues_end_when_they_end() -> None:
     assert set(batch.alive_BT.sum(axis=1)) == {2, 3, 4}
     assert batch.num_turns == batch.alive_BT.sum()
     assert batch.boundaries == (0, 2)
-    assert batch.token_BL is None and batch.num_tokens == 0
+    assert batch.tape is None and batch.num_tokens == 0
     assert not batch.cut_BT.any() and not batch.truncated_B.any()
 
 
@@ -113,20 +113,19 @@ def test_reward_parts_may_come_as_an_array_of_dicts() -> None:
 def test_a_language_models_tokens_match_the_transcripts() -> None:
     policy = tiny_policy()
     batch = collect_rollouts(EchoDialogues(8), policy, seed=1)
-    assert batch.token_BL is not None and batch.turn_BL is not None
-    assert batch.old_logprob_BL is not None and batch.length_B is not None
+    assert batch.tape is not None
     for b, transcript in enumerate(batch.transcripts):
         said = [m["content"] for m in transcript if m["role"] == "assistant"]
-        assert sorted(set(batch.turn_BL[b]) - {-1}) == list(range(len(said)))
+        assert sorted(set(batch.tape.turn_SL[b]) - {-1}) == list(range(len(said)))
         for t, line in enumerate(said):
-            ids = batch.token_BL[b][batch.turn_BL[b] == t]
+            ids = batch.tape.token_SL[b][batch.tape.turn_SL[b] == t]
             decoded = policy.tokenizer.decode(ids, skip_special_tokens=True)
             assert decoded.replace("\0", "").strip() == line
     assert batch.cut_BT.shape == batch.alive_BT.shape
     assert not batch.cut_BT[~batch.alive_BT].any()
-    assert batch.num_tokens == (batch.turn_BL >= 0).sum() > 0
-    logprob_BL = policy.logprobs(batch.token_BL, batch.turn_BL).detach().numpy()
-    np.testing.assert_allclose(batch.old_logprob_BL, logprob_BL, atol=1e-4)
+    assert batch.num_tokens == (batch.tape.turn_SL >= 0).sum() > 0
+    logprob_BL = policy.logprobs(batch.tape.token_SL, batch.tape.turn_SL).detach().numpy()
+    np.testing.assert_allclose(batch.tape.old_logprob_SL, logprob_BL, atol=1e-4)
 
 
 def test_the_same_seed_gives_the_same_rollout_and_another_seed_another() -> None:
@@ -135,7 +134,7 @@ def test_the_same_seed_gives_the_same_rollout_and_another_seed_another() -> None
         collect_rollouts(EchoDialogues(3), policy, seed=seed) for seed in (4, 4, 5)
     )
     assert first.transcripts == again.transcripts != other.transcripts
-    np.testing.assert_array_equal(first.token_BL, again.token_BL)
+    np.testing.assert_array_equal(first.tape.token_SL, again.tape.token_SL)
 
 
 def test_a_dialogue_does_not_depend_on_the_number_of_slots() -> None:
@@ -166,19 +165,19 @@ def test_a_full_context_ends_the_dialogue_as_truncated() -> None:
     policy = LMPolicy(model, tiny_tokenizer(), max_new_tokens=12, seed=0)
     batch = collect_rollouts(EchoDialogues(6, max_turns=9), policy, seed=2)
     assert batch.truncated_B.any()
-    assert batch.turn_BL is not None and batch.token_BL is not None
-    assert batch.token_BL.shape[1] <= 150
+    assert batch.tape is not None
+    assert batch.tape.token_SL.shape[1] <= 150
     for b in range(6):
-        turns = set(batch.turn_BL[b]) - {-1}
+        turns = set(batch.tape.turn_SL[b]) - {-1}
         np.testing.assert_array_equal(np.flatnonzero(batch.alive_BT[b]), sorted(turns))
 
 
-def test_a_template_that_cannot_be_trained_on_still_acts() -> None:
-    policy = tiny_policy(template=REWRITING)
-    batch = collect_rollouts(EchoDialogues(2), policy, seed=0, keep_tokens=False)
-    assert batch.token_BL is None and batch.num_turns >= 4
-    with pytest.raises(ValueError, match="rewrites earlier turns"):
-        collect_rollouts(EchoDialogues(2), policy, seed=0)
+def test_tokens_are_kept_only_if_asked_for() -> None:
+    kept = collect_rollouts(EchoDialogues(2), tiny_policy(), seed=0)
+    mere = collect_rollouts(EchoDialogues(2), tiny_policy(), seed=0, keep_tokens=False)
+    assert kept.tape is not None and kept.num_tokens == kept.tape.num_sampled > 0
+    assert mere.tape is None and mere.num_tokens == 0
+    np.testing.assert_array_equal(mere.reward_BT, kept.reward_BT)
 
 
 @pytest.mark.parametrize(

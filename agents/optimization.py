@@ -1,0 +1,146 @@
+"""One optimiser step out of many backward passes: accumulate, sum over processes, clip, step.
+
+Parameters of lower precision than float32 have a float32 master copy, which is what AdamW moves:
+in bfloat16 a step smaller than 1/256 of a weight would be lost. Sampling and training read the same
+low-precision weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of one optimiser step."""
+
+    grad_norm: float
+    """Norm of the gradient before clipping; may be infinite or NaN."""
+    skipped: bool
+    """Whether nothing was changed, because the gradient was not finite or far too large."""
+
+
+class Optimization:
+    """AdamW without weight decay over float32 masters of a model's trainable parameters.
+
+    Args:
+        parameters: groups of parameters; each with its own learning rate.
+        learning_rates: one for each group.
+        adam_eps: AdamW's epsilon.
+        max_grad_norm: the gradient is scaled down to this norm.
+        skip_grad_norm: a step whose gradient is larger than this, or not finite, is skipped.
+        processes: the others, over which gradients are summed.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Iterable[Parameter]],
+        learning_rates: Sequence[float],
+        *,
+        adam_eps: float,
+        max_grad_norm: float,
+        skip_grad_norm: float,
+        processes: PartialState,
+    ) -> None:
+        groups = [[p for p in group if p.requires_grad] for group in parameters]
+        self._pairs = [[(p, _master(p)) for p in group] for group in groups]
+        self.adam = torch.optim.AdamW(
+            [
+                {"params": [master for _, master in pairs], "lr": rate, "full_lr": rate}
+                for pairs, rate in zip(self._pairs, learning_rates, strict=True)
+            ],
+            eps=adam_eps,
+            weight_decay=0.0,
+        )
+        self._max_grad_norm = max_grad_norm
+        self._skip_grad_norm = skip_grad_norm
+        self._processes = processes
+        self.num_skipped = 0
+
+    def scale_learning_rates(self, share: float) -> None:
+        """Set all learning rates to a share of what they were at the start."""
+        for group in self.adam.param_groups:
+            group["lr"] = group["full_lr"] * share
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the loss's gradient to what has been gathered since the last step."""
+        loss.backward()
+        for parameter, master in self._copies():
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    def step(self) -> Step:
+        """Sum the gradient over all processes, clip it, move the parameters, forget it."""
+        self._sum_over_processes()
+        masters = [master for pairs in self._pairs for _, master in pairs]
+        norm = float(torch.nn.utils.clip_grad_norm_(masters, self._max_grad_norm))
+        skipped = not math.isfinite(norm) or norm > self._skip_grad_norm
+        if skipped:
+            self.num_skipped += 1
+        else:
+            self.adam.step()
+            with torch.no_grad():
+                for parameter, master in self._copies():
+                    parameter.copy_(master)
+        self.adam.zero_grad(set_to_none=True)
+        return Step(norm, skipped)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return (tensors by name, numbers) from which `restore` goes on exactly."""
+        tensors = {
+            f"{i}.{name}": value
+            for i, moments in self.adam.state_dict()["state"].items()
+            for name, value in moments.items()
+        }
+        tensors |= {f"master.{i}": m.detach() for i, (_, m) in enumerate(self._copies())}
+        return tensors, {
+            "learning_rates": [group["lr"] for group in self.adam.param_groups],
+            "num_skipped": self.num_skipped,
+        }
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+        """Go on from a `state`; the model's own parameters are restored elsewhere."""
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            if number != "master":
+                moments.setdefault(int(number), {})[name] = tensor
+        self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
+        with torch.no_grad():
+            for i, (_, master) in enumerate(self._copies()):
+                master.copy_(tensors[f"master.{i}"])
+        for group, rate in zip(self.adam.param_groups, numbers["learning_rates"], strict=True):
+            group["lr"] = rate
+        self.num_skipped = numbers["num_skipped"]
+
+    def _copies(self) -> list[tuple[Parameter, Parameter]]:
+        """Return the parameters that have a master apart from themselves, with it."""
+        return [pair for pairs in self._pairs for pair in pairs if pair[0] is not pair[1]]
+
+    def _sum_over_processes(self) -> None:
+        if self._processes.num_processes == 1:
+            return
+        for pairs in self._pairs:
+            for _, master in pairs:
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                master.grad = reduce(master.grad, reduction="sum")
+
+
+def _master(parameter: Parameter) -> Parameter:
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    return Parameter(parameter.detach().float())
