@@ -20,6 +20,7 @@ from .credit import (
     Trajectory,
     advantages,
     credit_weights,
+    generalized_advantages,
     leave_one_out,
     parse_credit,
     partial_returns,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation, evaluate_policy
     from .lm_policy import LMPolicy
     from .ppg import FullPlanningAgent, GreedyAgent, KStepAgent, PPGAgent, SegmentAgent
+    from .ppo import PPOAgent
     from .rollout import RolloutBatch, collect_rollouts
 
 _LATE = {
@@ -39,6 +41,7 @@ _LATE = {
     "KStepAgent": "ppg",
     "LMPolicy": "lm_policy",
     "PPGAgent": "ppg",
+    "PPOAgent": "ppo",
     "RolloutBatch": "rollout",
     "SegmentAgent": "ppg",
     "collect_rollouts": "rollout",
@@ -57,6 +60,7 @@ __all__ = [
     "KStepAgent",
     "LMPolicy",
     "PPGAgent",
+    "PPOAgent",
     "Policy",
     "RandomPolicy",
     "RolloutBatch",
@@ -69,6 +73,7 @@ __all__ = [
     "collect_rollouts",
     "credit_weights",
     "evaluate_policy",
+    "generalized_advantages",
     "leave_one_out",
     "parse_credit",
     "partial_returns",

@@ -22,6 +22,7 @@ import ppg_env
 
 from .compare import Cell, CompareConfig, cells, compare
 from .credit import parse_credit
+from .ppg import DivergedError
 from .train import TrainConfig, train
 
 console = Console() if sys.stdout.isatty() else Console(width=170)
@@ -126,7 +127,11 @@ def demo(c: CompareConfig) -> None:
 def train_agent(c: TrainConfig) -> None:
     """Train one agent into a run folder."""
     ppg_env.get_domain(c.domain)
-    train(c)
+    try:
+        train(c)
+    except KeyboardInterrupt:
+        console.print("Stopped. The same command goes on from the last checkpoint.")
+        raise
     console.print(f"The agent is in {c.run}/agent")
 
 
@@ -256,7 +261,7 @@ def main() -> None:
     }
     try:
         commands[type(config)](config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, DivergedError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -93,7 +93,7 @@ def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
     folder = RunFolder(cell.folder(c), _cell_settings(cell, c))
     if folder.result is not None:
         return folder.result
-    folder.restart()
+    folder.keep_metrics(0)
 
     settings: dict[str, Any] = {"domain": cell.domain, "noise": c.noise, "max_turns": c.max_turns}
     policy = load_policy(c.model)
@@ -113,7 +113,7 @@ def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
         turns = c.updates * c.episodes * c.max_turns
         agent.learn(turns, callback=_log_to(folder, c.updates))
         seconds, num_timesteps = time.perf_counter() - started, agent.num_timesteps
-        agent.save(folder.agent)
+        folder.write_agent(agent.save)
 
     found = evaluate_policy(
         gym.make_vec(ENV_ID, num_envs=c.episodes, personas="test", **settings),

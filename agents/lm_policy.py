@@ -17,6 +17,7 @@ Dimension letters: B dialogues, S token sequences, L tokens of the longest seque
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -354,7 +355,10 @@ def _has_adapter(model: PreTrainedModel) -> bool:
 
 
 def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return this process's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

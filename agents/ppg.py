@@ -334,7 +334,10 @@ class PPGAgent:
 
     def loss(self, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
         """Return what is to be minimised on these sequences, and sums to report."""
-        scores = self.scores(micro)
+        return self.loss_of(self.scores(micro), micro)
+
+    def loss_of(self, scores: Scores, micro: MicroBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss of sequences that have been scored, and sums to report."""
         policy_loss = self._policy_loss(scores, micro)
         loss, spoken_sL = policy_loss, micro.turn_sL >= 0
         drift_sL = torch.where(spoken_sL, scores.logprob_SL - micro.old_logprob_sL, 0.0).detach()

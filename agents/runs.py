@@ -1,7 +1,8 @@
 """The run folder: the one owner of its format.
 
-RUN/manifest.json        what was run: settings, versions, hardware
+RUN/manifest.json        what was run: settings, hashes of data, git commit, versions, hardware
 RUN/metrics.jsonl        one line an update (keys as in Stable-Baselines3)
+RUN/checkpoints/         from which a stopped run goes on (checkpoint.py)
 RUN/result.json          written last; its presence means that the run is complete
 RUN/transcripts.jsonl    dialogues with the reward of every turn
 RUN/agent/               the trained agent (transformers folder, safetensors)
@@ -12,9 +13,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 MANIFEST, METRICS, RESULT, TRANSCRIPTS, AGENT = (
     "manifest.json",
@@ -31,13 +38,16 @@ class RunFolder:
     Args:
         path: created if missing.
         settings: what makes this run this run; a folder that holds another one is refused.
+        data: hashes of what the run reads; a run on other data is another run.
 
     Raises:
         FileExistsError: the folder holds another run, or files that are no run.
         PermissionError: the folder cannot be written to.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path, settings: Mapping[str, Any], data: Mapping[str, str] | None = None
+    ) -> None:
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -53,14 +63,16 @@ class RunFolder:
             raise FileExistsError(
                 f"{self.path} is not empty and holds no run; choose a new or empty folder."
             )
-        if manifest is not None and manifest["settings"] != settings:
-            raise FileExistsError(
-                f"{self.path} holds another run "
-                f"({_first_difference(manifest['settings'], settings)}); "
-                "choose another folder or remove this one."
-            )
+        data = dict(data or {})
         if manifest is None:
-            self._write(MANIFEST, {"settings": settings, **_versions()})
+            self._write(MANIFEST, {"settings": settings, "data": data, **_surroundings()})
+            return
+        for there, here in ((manifest["settings"], settings), (manifest.get("data", {}), data)):
+            if there != here:
+                raise FileExistsError(
+                    f"{self.path} holds another run ({_first_difference(there, here)}); choose "
+                    "another folder or remove this one."
+                )
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -72,9 +84,15 @@ class RunFolder:
         """Return the folder for the trained agent."""
         return self.path / AGENT
 
-    def restart(self) -> None:
-        """Forget the metrics of an attempt that did not finish."""
-        (self.path / METRICS).unlink(missing_ok=True)
+    def keep_metrics(self, number: int) -> None:
+        """Forget all metrics but the first `number` rows: what came later will be done again."""
+        rows = self.metrics()[:number]
+        if len(rows) < number:
+            raise ValueError(
+                f"{self.path / METRICS} has {len(rows)} rows where the checkpoint is after update "
+                f"{number}: the file was changed. Remove the folder {self.path} to start again."
+            )
+        self._write_text(METRICS, (json.dumps(row) for row in rows))
 
     def log(self, row: Mapping[str, float]) -> None:
         """Append one line of metrics."""
@@ -94,6 +112,33 @@ class RunFolder:
             for messages, reward in zip(transcripts, rewards, strict=True)
         ]
         self._write_text(TRANSCRIPTS, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+    def write_agent(self, save: Callable[[Path], None]) -> None:
+        """Let `save` write the trained agent into the folder, in whole or not at all."""
+        draft, old = self.path / f"{AGENT}.part", self.path / f"{AGENT}-old.part"
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        save(draft)
+        if self.agent.exists():
+            self.agent.rename(old)
+        draft.rename(self.agent)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def write_batch(self, name: str, batch: Any) -> Path:
+        """Write the arrays and transcripts of a RolloutBatch for inspection; return the folder."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)
+        records = [batch] if batch.tape is None else [batch, batch.tape]
+        arrays = {
+            field.name: value
+            for record in records
+            for field in fields(record)
+            if isinstance(value := getattr(record, field.name), np.ndarray)
+        }
+        np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **arrays)
+        text = "".join(json.dumps(list(t), ensure_ascii=False) + "\n" for t in batch.transcripts)
+        (folder / TRANSCRIPTS).write_text(text, encoding="utf-8")
+        return folder
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Write the result; the run is complete then."""
@@ -117,7 +162,7 @@ class RunFolder:
     def _write_text(self, name: str, lines: Iterable[str]) -> None:
         """Write a file in whole or not at all."""
         draft = self.path / f"{name}.part"
-        draft.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         draft.replace(self.path / name)
 
 
@@ -144,15 +189,46 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "settings differ"
 
 
-def _versions() -> dict[str, Any]:
+def file_hash(path: str | Path) -> str:
+    """Return the SHA-256 of a file, "" for what is no file."""
+    return sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+
+
+def _surroundings() -> dict[str, Any]:
+    import accelerate
     import torch
     import transformers
 
     return {
+        "git_commit": _git_commit(),
         "versions": {
             "python": platform.python_version(),
+            "accelerate": accelerate.__version__,
+            "numpy": np.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
         "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
     }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this project's checkout, None if it is none."""
+    try:
+        found = subprocess.run(
+            [
+                "git",
+                "-C",
+                str(Path(__file__).parent),
+                "describe",
+                "--always",
+                "--dirty",
+                "--abbrev=40",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

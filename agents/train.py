@@ -1,18 +1,26 @@
-"""Train one agent into a run folder: metrics as it learns, the agent at the end.
+"""Train one agent into a run folder: metrics and checkpoints as it learns, the agent at the end.
 
-ppg train --domain therapy --credit kstep:3
+ppg train --domain therapy --credit kstep --k 3
+accelerate launch --num-processes 2 -m agents.cli train --domain therapy --credit kstep --k 3
+
+The same command goes on where a run was stopped, bit for bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import gymnasium as gym
+from accelerate import Accelerator, PartialState
 
 from .compare import ENV_ID
-from .loading import load_policy
-from .ppg import PPGAgent
-from .runs import RunFolder
+from .loading import load_policy, weights_fingerprint
+from .ppg import DivergedError, PPGAgent
+from .ppo import PPOAgent
+from .runs import RunFolder, file_hash
 
 
 @dataclass(frozen=True)
@@ -22,21 +30,48 @@ class TrainConfig:
     domain: str = "chatting"
     """Domain of PersonaDialogue-v0."""
     credit: str = "kstep:3"
-    """Which rewards a turn answers for: full, greedy, kstep:K, segment, segment:N, discounted:G."""
+    """Which rewards a turn answers for: full, greedy, kstep:K, segment, segment:N, discounted:G,
+    trajectory (as GRPO)."""
+    k: int | None = None
+    """Lookahead of --credit kstep, which then needs no :K."""
+    algorithm: str = "ppg"
+    """"ppg" (any credit), or "ppo" (a critic takes the credit's place)."""
     model: str = "nano"
     """The language model to start from: "nano", a folder, or a Hugging Face name."""
     run: str = "runs/train"
-    """Run folder, new or empty."""
+    """Run folder: new, empty, or of this very run, which then goes on."""
     total_timesteps: int = 10_240
     """Turns to learn from (1 timestep = 1 turn)."""
     episodes: int = 64
-    """Dialogues an update."""
+    """Dialogues an update, over all processes."""
     group_size: int = 8
     """Dialogues that share persona, opening and partner seed."""
-    learning_rate: float = 3e-4
-    """Of AdamW at the start; falls linearly."""
+    learning_rate: float | None = None
+    """Of AdamW at the start; falls linearly. None: 3e-4 for nano, 1e-4 for adapters, else 1e-6."""
+    adam_eps: float | None = None
+    """AdamW's epsilon. None = 1e-4 for nano, else 1e-8."""
+    n_epochs: int | None = None
+    """Passes over each batch, with clipped ratios if more than 1. None = 1, for ppo 4."""
+    batch_size: int | None = None
+    """Dialogues in a gradient step, in each process; None = all."""
+    clip_range: float = 0.2
+    """Of importance ratios, where a batch gives several steps."""
+    ratio_level: str | None = None
+    """Importance ratios per "turn" or per "token". None = turn, for ppo token."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
     kl_coef: float = 0.0
     """Weight of the KL divergence to the initial model."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter to train in place of the model (needs peft); 0 = none."""
+    device: str = "auto"
+    """"auto", "cpu", "cuda", "cuda:1" ..."""
+    dtype: str = "auto"
+    """Of the weights: "float32", "bfloat16" (float32 masters); "auto" = bfloat16 on CUDA."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time in updates."""
+    token_budget: int = 4096
+    """Tokens in one forward and backward pass; more is faster on a GPU."""
     personas: str = "train"
     """A split of the bundled personas, or the path of a persona file."""
     max_new_tokens: int | None = None
@@ -45,42 +80,142 @@ class TrainConfig:
     """Agent turns in a dialogue."""
     noise: float = 0.1
     """How often the scripted partner is distracted, a probability."""
+    checkpoint_every: int = 10
+    """Updates between two checkpoints, the last two of which are kept; 0 = none."""
+    tracker: str | None = None
+    """Also log to "tensorboard" (into the run folder), "wandb", ... as Accelerate names them."""
     seed: int = 0
     """Seeds dialogues and sampling."""
 
+    def __post_init__(self) -> None:
+        if self.algorithm not in ("ppg", "ppo"):
+            raise ValueError(f"algorithm is 'ppg' or 'ppo', got {self.algorithm!r}.")
+        if self.k is not None and self.credit not in ("kstep", TrainConfig.credit):
+            raise ValueError(f"k={self.k} belongs to credit='kstep', got {self.credit!r}.")
+        if self.k is None and self.credit == "kstep":
+            raise ValueError("credit='kstep' needs k, e.g. --credit kstep --k 3 or kstep:3.")
+
+    @property
+    def credit_name(self) -> str:
+        """The credit as agents.credit.parse_credit reads it."""
+        return self.credit if self.k is None else f"kstep:{self.k}"
+
 
 def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
-    """Train an agent; it is saved in RUN/agent, also when learning is interrupted by Ctrl-C."""
+    """Train an agent, or go on; it is saved in RUN/agent, also when Ctrl-C interrupts learning.
+
+    Raises:
+        FileExistsError: the run folder holds another run, or this one is finished.
+        CheckpointError: its newest checkpoint is damaged or foreign.
+        DivergedError: learning broke down; the batch is in the run folder.
+        MemoryError, OSError: no memory, no disk space; checkpoints written so far are untouched.
+    """
+    processes = PartialState()
+    agent = make_agent(c)
+    folder = None
+    if processes.is_main_process:
+        kept = {name: v for name, v in asdict(c).items() if name not in ("run", "tracker")}
+        folder = RunFolder(c.run, kept, _data_hashes(c))
+        if folder.result is not None:
+            raise FileExistsError(f"{c.run} holds a finished run; choose another folder.")
+    processes.wait_for_everyone()
+    checkpoints = f"{c.run}/checkpoints"
+    goes_on = agent.restore(checkpoints)
+    if folder is not None:
+        folder.keep_metrics(agent.num_updates)
+
+    with _tracker(c) as log:
+
+        def after_update(learner: PPGAgent) -> None:
+            if folder is not None:
+                folder.log(learner.log)
+            log(learner.log, learner.num_timesteps)
+            if c.checkpoint_every and learner.num_updates % c.checkpoint_every == 0:
+                learner.checkpoint(checkpoints)
+
+        try:
+            agent.learn(
+                None if goes_on else c.total_timesteps,
+                callback=after_update,
+                progress_bar=progress_bar,
+            )
+        except DivergedError as error:
+            if folder is None:
+                raise
+            batch = folder.write_batch("diverged_batch", error.batch)
+            raise DivergedError(f"{error} The batch is in {batch}.", error.batch) from error
+        finally:
+            if folder is not None and agent.num_updates:
+                folder.write_agent(agent.save)
+    if folder is not None:
+        folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
+    return agent
+
+
+def make_agent(c: TrainConfig) -> PPGAgent:
+    """Return the untrained agent with its environment, this process's share of the slots."""
+    num_processes = PartialState().num_processes
+    if c.episodes % (num_processes * c.group_size):
+        raise ValueError(
+            f"episodes={c.episodes} must be a multiple of processes x group_size = "
+            f"{num_processes} x {c.group_size}."
+        )
     envs = gym.make_vec(
         ENV_ID,
-        num_envs=c.episodes,
+        num_envs=c.episodes // num_processes,
         domain=c.domain,
         personas=c.personas,
         max_turns=c.max_turns,
         noise=c.noise,
     )
-    agent = PPGAgent(
-        load_policy(c.model, max_new_tokens=c.max_new_tokens, seed=c.seed),
-        envs,
-        c.credit,
-        learning_rate=c.learning_rate,
-        lr_schedule="linear",
-        group_size=c.group_size,
-        kl_coef=c.kl_coef,
+    policy = load_policy(
+        c.model,
+        max_new_tokens=c.max_new_tokens,
+        device=c.device,
+        dtype=c.dtype,
+        lora_rank=c.lora_rank,
+        gradient_checkpointing=c.gradient_checkpointing,
         seed=c.seed,
     )
-    folder = RunFolder(c.run, {name: v for name, v in asdict(c).items() if name != "run"})
-    if folder.result is not None:
-        raise FileExistsError(f"{c.run} holds a finished run; choose another folder.")
-    folder.restart()
+    nano = c.model == "nano"
+    default_rate = 1e-4 if policy.has_adapter else 3e-4 if nano else 1e-6
+    settings: dict[str, Any] = {
+        "learning_rate": default_rate if c.learning_rate is None else c.learning_rate,
+        "adam_eps": (1e-4 if nano else 1e-8) if c.adam_eps is None else c.adam_eps,
+        "lr_schedule": "linear",
+        "group_size": c.group_size,
+        "batch_size": c.batch_size,
+        "clip_range": c.clip_range,
+        "ent_coef": c.ent_coef,
+        "kl_coef": c.kl_coef,
+        "token_budget": c.token_budget,
+        "seed": c.seed,
+    }
+    if c.n_epochs is not None:
+        settings["n_epochs"] = c.n_epochs
+    if c.ratio_level is not None:
+        settings["ratio_level"] = c.ratio_level
+    if c.algorithm == "ppo":
+        return PPOAgent(policy, envs, **settings)
+    return PPGAgent(policy, envs, c.credit_name, **settings)
+
+
+def _data_hashes(c: TrainConfig) -> dict[str, str]:
+    """Return what the run depends on besides its settings."""
+    return {"weights": weights_fingerprint(c.model), "personas": file_hash(c.personas)}
+
+
+@contextmanager
+def _tracker(c: TrainConfig) -> Iterator[Callable[[Mapping[str, float], int], None]]:
+    """Yield a function that logs (metrics, step) to the tracker asked for, in one process only."""
+    if c.tracker is None:
+        yield lambda metrics, step: None
+        return
+    accelerator = Accelerator(log_with=c.tracker, project_dir=c.run)
+    if not accelerator.log_with:
+        raise ValueError(f"The tracker {c.tracker!r} is not installed: pip install {c.tracker}.")
+    accelerator.init_trackers("tracker", config={k: str(v) for k, v in asdict(c).items()})
     try:
-        agent.learn(
-            c.total_timesteps,
-            callback=lambda learner: folder.log(learner.log),
-            progress_bar=progress_bar,
-        )
+        yield lambda metrics, step: accelerator.log(dict(metrics), step=step)
     finally:
-        if agent.num_updates:
-            agent.save(folder.agent)
-    folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
-    return agent
+        accelerator.end_training()
