@@ -7,8 +7,10 @@ query may look at, V vocabulary, L tokens of the longest dialogue.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 _SERVABLE_ATTENTION = ("sdpa", "eager")
+_FORCE_GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 _SERVABLE_LAYERS = ("full_attention", "sliding_attention")
 
 
@@ -213,16 +216,39 @@ class CachedDecoder:
         slot_nq_t = torch.as_tensor(slot_nq, device=network.device)
         row_n1_t = torch.arange(n, device=network.device)[:, None]
         self._cache.head = _WriteHead(row_n1_t, slot_nq_t, num_keys, n)
-        logit_nV = network.logits_at(
-            torch.as_tensor(token_nq, device=network.device),
-            (row_n1_t[:, 0], torch.as_tensor(count_n - 1, device=network.device)),
-            position_ids=torch.as_tensor(position_nq, device=network.device),
-            attention_mask=network.masks(slot_nq_t, num_keys),
-            past_key_values=self._cache,
-            use_cache=True,
-        )
+        with _heads_share_keys(network.device, q):
+            logit_nV = network.logits_at(
+                torch.as_tensor(token_nq, device=network.device),
+                (row_n1_t[:, 0], torch.as_tensor(count_n - 1, device=network.device)),
+                position_ids=torch.as_tensor(position_nq, device=network.device),
+                attention_mask=network.masks(slot_nq_t, num_keys),
+                past_key_values=self._cache,
+                use_cache=True,
+            )
         self._length[:n] = end_n
         return logit_nV
+
+
+@contextmanager
+def _heads_share_keys(device: torch.device, num_queries: int) -> Iterator[None]:
+    """Let grouped query heads read one copy of their keys where several tokens are read on a CPU.
+
+    transformers copies keys and values for every query head under a mask, since GPU kernels want
+    that; on a CPU the copies take longer than the attention. Single tokens are packed without
+    copies anyhow.
+    """
+    if device.type != "cpu" or num_queries == 1:
+        yield
+        return
+    before = os.environ.get(_FORCE_GROUPED)
+    os.environ[_FORCE_GROUPED] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_FORCE_GROUPED]
+        else:
+            os.environ[_FORCE_GROUPED] = before
 
 
 class ReencodingDecoder:
