@@ -53,19 +53,27 @@ class ChatFormat:
             self.encode(self.render([{"role": role, "content": text} for role, text in messages]))
         )
 
-    def _tail(self, partner_text: str) -> tuple[int, ...]:
-        """Return the tail's ids; they begin with the template's own end mark where it has one."""
-        return self.after_end_token(self._tail_text(partner_text))
+    def _tail(self, partner_text: str, said: str = "") -> tuple[int, ...]:
+        """Return the tail's ids; without the template's end mark if that is `said` by the line."""
+        text = self._tail_text(partner_text)
+        begun = text.lstrip()  # some templates set a blank before their mark
+        for mark in (said, said.rstrip()):
+            if mark and begun.startswith(mark):
+                return self._after(mark, begun[len(mark) :])
+        return self._after(self.tokenizer.eos_token, text)
 
-    def after_end_token(self, text: str) -> tuple[int, ...]:
-        """Return the ids of text that goes on in the middle of a dialogue.
+    def _after(self, mark: str, text: str) -> tuple[int, ...]:
+        """Return the ids of text that goes on in the middle of a dialogue, after an end mark.
 
-        Some tokenizers put a blank before the first word of a text: an end token in front takes its
-        place.
+        Some tokenizers put a blank before the first word of a text, some marks swallow a blank
+        behind them: hence the mark is encoded too and taken off again.
         """
-        ids = self.encode(self.tokenizer.eos_token + text)
-        anchored = ids[:1] == [self.tokenizer.eos_token_id]
-        return tuple(ids[1:] if anchored else self.encode(text))
+        before, ids = self.encode(mark), self.encode(mark + text)
+        if ids[: len(before)] == before:
+            return tuple(ids[len(before) :])
+        # The mark's last letters and the text's first ones would be one token.
+        end = self.tokenizer.eos_token
+        return self._after(end, text) if mark != end else tuple(self.encode(text))
 
     def _tail_text(self, partner_text: str) -> str:
         mark = "qXoWnLiNeXq"
@@ -106,14 +114,14 @@ class ChatFormat:
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """The tokenizer's end token, and the template's end mark where that is one token."""
-        eos, mark = int(self.tokenizer.eos_token_id), self._mark_ids
-        return frozenset({eos, *mark} if len(mark) == 1 else {eos})
+        """The tokenizer's end token, and the template's end mark where that is a special token."""
+        eos, mark = int(self.tokenizer.eos_token_id), self._mark_token
+        return frozenset({eos} if mark is None else {eos, mark})
 
     @cached_property
-    def long_mark(self) -> tuple[tuple[int, ...], str] | None:
-        """(ids, text) of the template's end mark where that is several tokens."""
-        return (self._mark_ids, self._mark_text) if len(self._mark_ids) > 1 else None
+    def text_mark(self) -> str | None:
+        """The template's end mark where that is plain text, which a model may split as it likes."""
+        return (self._mark_text or None) if self._mark_token is None else None
 
     @cached_property
     def silent_ids(self) -> frozenset[int]:
@@ -132,9 +140,10 @@ class ChatFormat:
             return ""
 
     @cached_property
-    def _mark_ids(self) -> tuple[int, ...]:
-        mark = self._mark_text
-        return self.after_end_token(mark) if mark else ()
+    def _mark_token(self) -> int | None:
+        """The end mark where that is one token that no other text can be part of."""
+        ids = self.encode(self._mark_text)
+        return ids[0] if len(ids) == 1 and ids[0] in self.tokenizer.added_tokens_decoder else None
 
     def _accepts_system_messages(self) -> bool:
         self.takes_system = True

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 _PART = ".part-"  # a folder that is being written or removed
+_ASIDE = ".aside-"  # a checkpoint that makes room for a newer one of its number
 
 
 class CheckpointError(ValueError):
@@ -48,11 +49,13 @@ def write_checkpoint(
         keep: how many to keep, at least 1.
 
     Raises:
+        CheckpointError: the folder holds those of another run, or later ones; nothing was changed.
         OSError: the files could not be written; says what is still valid and what to do.
     """
     folder = Path(folder)
     place = folder / f"{number:08d}"
-    draft = folder / f"{_PART}{place.name}"
+    draft, aside = folder / f"{_PART}{place.name}", folder / f"{_ASIDE}{place.name}"
+    _refuse_others(folder, number, origin)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
@@ -64,9 +67,11 @@ def write_checkpoint(
         for path in (*draft.iterdir(), draft):
             _force_to_disk(path)
         if place.exists():
-            _remove(place)
+            place.rename(aside)
         draft.rename(place)
         _force_to_disk(folder)
+        if aside.exists():
+            _remove(aside)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         found = checkpoints(folder)
@@ -82,9 +87,15 @@ def write_checkpoint(
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """Return the checkpoints in a folder, oldest first; none if there is no such folder."""
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         return []
-    return sorted(path for path in Path(folder).iterdir() if path.is_dir() and path.name.isdigit())
+    for aside in folder.glob(f"{_ASIDE}*"):  # a kill came before the newer one was there
+        place = folder / aside.name.removeprefix(_ASIDE)
+        if not place.exists():
+            aside.rename(place)
+    found = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def read_checkpoint(place: str | Path, origin: Mapping[str, Any]) -> None:
@@ -102,13 +113,7 @@ def read_checkpoint(place: str | Path, origin: Mapping[str, Any]) -> None:
                 f"{file} is {'damaged' if file.exists() else 'missing'}. Remove the folder {place} "
                 "to go on from the checkpoint before it."
             )
-    found, wanted = manifest["origin"], json.loads(json.dumps(origin))
-    for key in sorted(found.keys() | wanted.keys()):
-        if found.get(key) != wanted.get(key):
-            raise CheckpointError(
-                f"{place} is a checkpoint of another run: {key} is {found.get(key)!r} there and "
-                f"{wanted.get(key)!r} now. Choose another run folder, or the old settings."
-            )
+    _refuse_foreign(place, manifest, origin)
 
 
 def random_states() -> dict[str, Any]:
@@ -142,6 +147,29 @@ def _bytes_tensor(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
+def _refuse_others(folder: Path, number: int, origin: Mapping[str, Any]) -> None:
+    found = checkpoints(folder)
+    if not found:
+        return
+    newest = found[-1]
+    _refuse_foreign(newest, _manifest(newest), origin)
+    if int(newest.name) > number:
+        raise CheckpointError(
+            f"{folder} has a checkpoint after update {int(newest.name)}, this one would be after "
+            f"update {number}. Go on from there, or choose another folder."
+        )
+
+
+def _refuse_foreign(place: Path, manifest: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    found, wanted = manifest["origin"], json.loads(json.dumps(origin))
+    for key in sorted(found.keys() | wanted.keys()):
+        if found.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"{place} is a checkpoint of another run: {key} is {found.get(key)!r} there and "
+                f"{wanted.get(key)!r} now. Choose another run folder, or the old settings."
+            )
+
+
 def _manifest(place: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
@@ -170,7 +198,7 @@ def _remove(place: Path) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    for path in folder.glob(f"{_PART}*"):
+    for path in (*folder.glob(f"{_PART}*"), *folder.glob(f"{_ASIDE}*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -153,10 +153,7 @@ class Conversation:
         if sequence is None or line is None:
             return _Sequence(row), form.prompt_ids(messages)
         if self._appends and not line.has_thoughts:
-            tail = form.tail(messages[-1]["content"])
-            # The template's end mark is there already if the model said it itself.
-            said = 0 if line.mark is None else len(line.mark)
-            return sequence, tail[said:] if tail[:said] == line.mark else tail
+            return sequence, form.tail(messages[-1]["content"], line.mark or "")
         prompt = form.prompt_ids(messages)
         read = sequence.ids[: sequence.num_read]
         return _Sequence(row, num_read=_shared(read, prompt[:-1])), prompt

@@ -139,13 +139,13 @@ class LMPolicy:
             model.set_adapter(model.active_adapters())  # loaded adapters are frozen
         return cls(model, tokenizer, **settings)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write model and tokenizer to a folder that `from_pretrained` reads.
 
         So does transformers.AutoModelForCausalLM. Of a model with an adapter only the adapter is
-        written, as peft does.
+        written, as peft does. `weights` stand in for the model's own, which may be sharded.
         """
-        self.model.save_pretrained(path)
+        self.model.save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
 
     @property
@@ -302,17 +302,17 @@ class Reference:
 
     def __init__(self, policy: LMPolicy) -> None:
         self._temperature = policy.temperature
-        self._network = policy.network
+        self.network = policy.network
         self._switches_adapter = policy.has_adapter
         if not self._switches_adapter:
-            self._network = Network(copy.deepcopy(policy.model).requires_grad_(False))
+            self.network = Network(copy.deepcopy(policy.model).requires_grad_(False))
 
     @torch.no_grad()
     def logprobs(self, token_SL: torch.Tensor, spoken_SL: torch.Tensor) -> torch.Tensor:
         """Return the reference's log-probabilities at the spoken tokens."""
         with self._adapter_off():
             return score_tokens(
-                self._network, token_SL, spoken_SL, temperature=self._temperature
+                self.network, token_SL, spoken_SL, temperature=self._temperature
             ).logprob_SL
 
     @contextmanager
@@ -320,7 +320,7 @@ class Reference:
         if not self._switches_adapter:
             yield
             return
-        model = self._network.model
+        model = self.network.model
         model.disable_adapters()
         try:
             yield
@@ -346,7 +346,13 @@ def add_lora(model: PreTrainedModel, rank: int, seed: int | None = None) -> None
     with torch.random.fork_rng():
         torch.manual_seed(0 if seed is None else seed)
         model.add_adapter(
-            LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0)
+            LoraConfig(
+                r=rank,
+                lora_alpha=2 * rank,
+                target_modules="all-linear",
+                lora_dropout=0.0,
+                task_type="CAUSAL_LM",  # peft's AutoPeftModelForCausalLM asks for it
+            )
         )
 
 

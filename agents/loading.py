@@ -70,13 +70,18 @@ def check_model_name(policy: str | Path) -> None:
 
 def weights_fingerprint(model: str | Path) -> str:
     """Return what tells a local model's weights from others of its name; "" for remote ones."""
-    return _fingerprint(NANO if str(model) == "nano" else Path(model))
+    folder = NANO if str(model) == "nano" else Path(model)
+    if not folder.is_dir():
+        return ""
+    files = [(file, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+    return _fingerprint(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in files))
 
 
 @lru_cache
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Return a hash of the files' contents; size and time of each tell when to read it again."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file, _, _ in files:
         with file.open("rb") as weights:
             digest.update(hashlib.file_digest(weights, "sha256").digest())
-    return digest.hexdigest()[:16] if folder.is_dir() else ""
+    return digest.hexdigest()[:16]

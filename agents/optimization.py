@@ -17,6 +17,17 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch.nn import Parameter
 
+from .sharding import by_kind, clip_gradients, gathered, is_sharded, spread_like
+
+
+def all_processes(on_cpu: bool = False) -> PartialState:
+    """Return the processes that learn together: this one alone, or all that were launched.
+
+    The first call decides. On the CPU they speak over gloo, which Accelerate starts only if told
+    so.
+    """
+    return PartialState(cpu=on_cpu or not torch.cuda.is_available())
+
 
 @dataclass(frozen=True)
 class Step:
@@ -50,12 +61,16 @@ class Optimization:
         skip_grad_norm: float,
         processes: PartialState,
     ) -> None:
-        groups = [[p for p in group if p.requires_grad] for group in parameters]
-        self._pairs = [[(p, _master(p)) for p in group] for group in groups]
+        groups = [
+            (part, rate)
+            for group, rate in zip(parameters, learning_rates, strict=True)
+            for part in by_kind([p for p in group if p.requires_grad])
+        ]
+        self._pairs = [[(p, _master(p)) for p in group] for group, _ in groups]
         self.adam = torch.optim.AdamW(
             [
                 {"params": [master for _, master in pairs], "lr": rate, "full_lr": rate}
-                for pairs, rate in zip(self._pairs, learning_rates, strict=True)
+                for pairs, (_, rate) in zip(self._pairs, groups, strict=True)
             ],
             eps=adam_eps,
             weight_decay=0.0,
@@ -82,11 +97,17 @@ class Optimization:
                 master.grad += parameter.grad
             parameter.grad = None
 
+    def forget(self) -> None:
+        """Drop what has been gathered since the last step, as after an error in between."""
+        for pairs in self._pairs:
+            for parameter, master in pairs:
+                parameter.grad = master.grad = None
+
     def step(self) -> Step:
         """Sum the gradient over all processes, clip it, move the parameters, forget it."""
         self._sum_over_processes()
         masters = [master for pairs in self._pairs for _, master in pairs]
-        norm = float(torch.nn.utils.clip_grad_norm_(masters, self._max_grad_norm))
+        norm = clip_gradients(masters, self._max_grad_norm)
         skipped = not math.isfinite(norm) or norm > self._skip_grad_norm
         if skipped:
             self.num_skipped += 1
@@ -95,17 +116,20 @@ class Optimization:
             with torch.no_grad():
                 for parameter, master in self._copies():
                     parameter.copy_(master)
-        self.adam.zero_grad(set_to_none=True)
+        self.forget()
         return Step(norm, skipped)
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return (tensors by name, numbers) from which `restore` goes on exactly."""
+        """Return (tensors by name, numbers) from which `restore` goes on exactly.
+
+        To be called in all processes where the model is sharded.
+        """
         tensors = {
-            f"{i}.{name}": value
+            f"{i}.{name}": gathered(value)
             for i, moments in self.adam.state_dict()["state"].items()
             for name, value in moments.items()
         }
-        tensors |= {f"master.{i}": m.detach() for i, (_, m) in enumerate(self._copies())}
+        tensors |= {f"master.{i}": gathered(m.detach()) for i, (_, m) in enumerate(self._copies())}
         return tensors, {
             "learning_rates": [group["lr"] for group in self.adam.param_groups],
             "num_skipped": self.num_skipped,
@@ -113,15 +137,17 @@ class Optimization:
 
     def restore(self, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
         """Go on from a `state`; the model's own parameters are restored elsewhere."""
+        masters = [master for pairs in self._pairs for _, master in pairs]
         moments: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             number, _, name = key.partition(".")
             if number != "master":
-                moments.setdefault(int(number), {})[name] = tensor
+                own = tensor if name == "step" else spread_like(tensor, masters[int(number)])
+                moments.setdefault(int(number), {})[name] = own
         self.adam.load_state_dict({**self.adam.state_dict(), "state": moments})
         with torch.no_grad():
             for i, (_, master) in enumerate(self._copies()):
-                master.copy_(tensors[f"master.{i}"])
+                master.copy_(spread_like(tensors[f"master.{i}"], master))
         for group, rate in zip(self.adam.param_groups, numbers["learning_rates"], strict=True):
             group["lr"] = rate
         self.num_skipped = numbers["num_skipped"]
@@ -137,6 +163,9 @@ class Optimization:
             for _, master in pairs:
                 if master.grad is None:
                     master.grad = torch.zeros_like(master)
+                if is_sharded(master):  # averaged already, layer by layer
+                    master.grad *= self._processes.num_processes
+                    continue
                 master.grad = reduce(master.grad, reduction="sum")
 
 

@@ -22,7 +22,6 @@ from typing import Any, Self
 import gymnasium as gym
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
@@ -51,10 +50,11 @@ from .credit import (
 from .lm_policy import LMPolicy, Reference
 from .loading import AGENT_SETTINGS, load_policy
 from .losses import clip_fraction, clipped_loss, kl_to_reference, policy_gradient_loss
-from .optimization import Optimization
+from .optimization import Optimization, all_processes
 from .policy import Messages
 from .rollout import RolloutBatch, collect_rollouts, join_batches
 from .scoring import Scores, microbatches
+from .sharding import gathered, shard_layers, spread_like, whole_layers
 from .tape import Tape
 
 Callback = Callable[["PPGAgent"], "bool | None"]
@@ -119,6 +119,8 @@ class PPGAgent:
         skip_grad_norm: a gradient above this norm, or not finite, is skipped and counted.
         max_skips: so many skipped in a row stop learning.
         token_budget: tokens in one forward and backward pass, padding included.
+        shard: spread layers, gradients and optimizer over all processes; see sharding.py. Speak
+            and save inside `whole_model` or through this agent's methods, in all processes.
         seed: of dialogues and of the agent's sampling.
 
     Attributes:
@@ -150,6 +152,7 @@ class PPGAgent:
         skip_grad_norm: float = 1e4,
         max_skips: int = 3,
         token_budget: int = 4096,
+        shard: bool = False,
         seed: int | None = None,
     ) -> None:
         _refuse_unknown("lr_schedule", lr_schedule, ("constant", "linear"))
@@ -181,9 +184,10 @@ class PPGAgent:
             "max_skips": max_skips,
             "token_budget": token_budget,
         }
-        self.processes = PartialState()
-        self.optimization = self._make_optimization()
+        self.processes = all_processes()
         self._reference = Reference(self.policy) if kl_coef else None
+        self._layers = self._shard() if shard else []
+        self.optimization = self._make_optimization()
         self._span = (0, 0)  # num_timesteps at the start and at the goal of `learn`
         self._skips_in_a_row = 0
         self.num_timesteps = self.num_updates = 0
@@ -248,13 +252,14 @@ class PPGAgent:
         assert self.env is not None
         grouped = _has_groups(self.env)
         seed = int(np.random.SeedSequence([self.seed, self.num_updates]).generate_state(1)[0])
-        batch = collect_rollouts(
-            self.env,
-            self.policy,
-            seed=seed,
-            options={"group_size": self.settings["group_size"]} if grouped else None,
-            first_slot=self.processes.process_index * self.env.num_envs,
-        )
+        with self.whole_model():
+            batch = collect_rollouts(
+                self.env,
+                self.policy,
+                seed=seed,
+                options={"group_size": self.settings["group_size"]} if grouped else None,
+                first_slot=self.processes.process_index * self.env.num_envs,
+            )
         if self._whole(batch).num_turns == 0:
             raise ValueError(
                 f"No dialogue leaves room for a reply in the context of {self.policy.name}: use a "
@@ -320,11 +325,15 @@ class PPGAgent:
         processes = self.processes.num_processes
         sequences = np.flatnonzero(np.isin(tape.episode_S, dialogues))
         sums: dict[str, float] = defaultdict(float, steps=1 / processes)
-        for part in microbatches(tape.length_S[sequences], self.settings["token_budget"]):
-            micro = self._micro_batch(
-                tape, sequences[part], advantage_BT, len(dialogues) * processes
-            )
+        self.optimization.forget()
+        parts = list(microbatches(tape.length_S[sequences], self.settings["token_budget"]))
+        for number in range(self._most(len(parts))):
+            rows = sequences[parts[min(number, len(parts) - 1)]]
+            micro = self._micro_batch(tape, rows, advantage_BT, len(dialogues) * processes)
             loss, measured = self.loss(micro)
+            if number >= len(parts):  # keeps step with processes that have more to read
+                self.optimization.backward(0.0 * loss)
+                continue
             self.optimization.backward(loss)
             _add(sums, measured)
         step = self.optimization.step()
@@ -343,7 +352,7 @@ class PPGAgent:
         drift_sL = torch.where(spoken_sL, scores.logprob_SL - micro.old_logprob_sL, 0.0).detach()
         sums: dict[str, float] = {
             "policy_loss": policy_loss.item(),
-            "approx_kl": (drift_sL.exp() - 1 - drift_sL).sum().item(),
+            "approx_kl": (torch.expm1(drift_sL) - drift_sL).sum().item(),
             "tokens": int(spoken_sL.sum()),
         }
         if not self._one_step_per_batch:
@@ -463,6 +472,26 @@ class PPGAgent:
             return batch
         return join_batches(gather_object([batch.without_tape()]))
 
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Put a sharded model together on every device, to speak or to look at; else do nothing."""
+        with whole_layers(self._layers):
+            yield
+
+    def _shard(self) -> list[Any]:
+        """Shard the model and its reference; what is probed once is probed before."""
+        network = self.policy.network
+        _ = network.split, network.serves_cache
+        layers = shard_layers(network.model, self.processes.num_processes)
+        if self._reference is not None and not self.policy.has_adapter:
+            _ = self._reference.network.split
+            shard_layers(self._reference.network.model, self.processes.num_processes)
+        return layers
+
+    def _most(self, number: int) -> int:
+        """Return the largest such number of all processes where they must keep step, else this."""
+        return max(gather_object([number])) if self._layers else number
+
     def _own(self, value_BT: np.ndarray, batch: RolloutBatch) -> np.ndarray:
         """Return this process's part of an array over all dialogues."""
         size = len(batch.group_B)
@@ -479,9 +508,10 @@ class PPGAgent:
             known = isinstance(error, torch.OutOfMemoryError | MemoryError)
             if not known and "can't allocate memory" not in str(error):
                 raise
+            what = (str(error) or type(error).__name__).splitlines()[0]
             raise MemoryError(
                 f"Out of memory on {self.policy.device} in update {self.num_updates + 1} "
-                f"({str(error).splitlines()[0]}). In this order: lower token_budget (now "
+                f"({what}). In this order: lower token_budget (now "
                 f"{self.settings['token_budget']}), turn gradient_checkpointing on, train a LoRA "
                 f"adapter (lora_rank), use fewer slots (num_envs, now {env.num_envs}) or shorter "
                 f"lines (max_new_tokens, now {self.policy.max_new_tokens}). The last checkpoint, "
@@ -545,10 +575,13 @@ class PPGAgent:
         transformers.AutoModelForCausalLM.from_pretrained(path) reads the model as it is, peft an
         adapter. Under `accelerate launch` only the first process writes.
         """
+        weights = None
+        if self._layers:
+            weights = {k: gathered(v) for k, v in self.policy.model.state_dict().items()}
         if not self.processes.is_main_process:
             return
         folder = Path(path)
-        self.policy.save(folder)
+        self.policy.save(folder, weights)
         record = {
             **self._origin(),
             "num_timesteps": self.num_timesteps,
@@ -590,6 +623,7 @@ class PPGAgent:
             "max_new_tokens": self.policy.max_new_tokens,
             "temperature": self.policy.temperature,
             "settings": self.settings,
+            **({"sharded": True} if self._layers else {}),
         }
 
     # -- checkpoints -------------------------------------------------------------------------------
@@ -608,12 +642,14 @@ class PPGAgent:
             OSError: it could not be written; earlier ones are untouched.
         """
         states = gather_object([random_states()])
+        weights = {name: gathered(tensor) for name, tensor in self._weights().items()}
+        optimizer = self.optimization.state()
         place = None
         if self.processes.is_main_process:
             place = write_checkpoint(
                 folder,
                 self.num_updates,
-                lambda path: self._write_state(path, states),
+                lambda path: self._write_state(path, weights, optimizer, states),
                 {**self._origin(), "num_processes": self.processes.num_processes},
                 keep,
             )
@@ -636,9 +672,15 @@ class PPGAgent:
         self._read_state(found[-1])
         return True
 
-    def _write_state(self, path: Path, states: list[dict[str, Any]]) -> None:
-        save_file(self._weights(), path / "model.safetensors")
-        tensors, counters = self.optimization.state()
+    def _write_state(
+        self,
+        path: Path,
+        weights: dict[str, torch.Tensor],
+        optimizer: tuple[dict[str, torch.Tensor], dict[str, Any]],
+        states: list[dict[str, Any]],
+    ) -> None:
+        save_file(weights, path / "model.safetensors")
+        tensors, counters = optimizer
         save_file(tensors, path / "optimizer.safetensors")
         state = {
             "num_timesteps": self.num_timesteps,
@@ -656,17 +698,16 @@ class PPGAgent:
     def _read_state(self, path: Path) -> None:
         weights, own = load_file(path / "model.safetensors"), self._weights()
         for name in sorted(weights.keys() | own.keys()):
-            there = tuple(weights[name].shape) if name in weights else None
-            here = tuple(own[name].shape) if name in own else None
+            there, here = _kind_of_tensor(weights.get(name)), _kind_of_tensor(own.get(name))
             if there != here:
                 raise CheckpointError(
-                    f"{path} is a checkpoint of another model: {name} has shape {there} there and "
-                    f"{here} here. Choose another run folder, or the model that it was made with."
+                    f"{path} is a checkpoint of another model: {name} is {there} there and {here} "
+                    "here. Choose another run folder, or the model that it was made with."
                 )
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(weights[name])
+                tensor.copy_(spread_like(weights[name], tensor))
         self.optimization.restore(load_file(path / "optimizer.safetensors"), state["optimizer"])
         self.num_timesteps, self.num_updates = state["num_timesteps"], state["num_updates"]
         self._span = tuple(state["span"])
@@ -744,6 +785,12 @@ def _kind_of(agent: type) -> str:
     """Return the class that loads the agent: the named ones are a PPGAgent with a credit."""
     own = [cls.__name__ for cls in agent.__mro__ if "load" in vars(cls)]
     return own[0]
+
+
+def _kind_of_tensor(tensor: torch.Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:

@@ -106,7 +106,7 @@ class PPOAgent(PPGAgent):
         tape = batch.tape
         assert tape is not None
         value_BT = np.zeros(batch.reward_BT.shape)
-        with torch.no_grad():
+        with self.whole_model(), torch.no_grad():
             for rows in microbatches(tape.length_S, self.settings["token_budget"]):
                 micro = self._micro_batch(tape, rows, value_BT, 1)
                 scores = self.policy.scores(micro.token_sL, micro.turn_sL, hidden=True)

@@ -69,8 +69,13 @@ class RolloutBatch:
 
 
 def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
-    """Return the dialogues of several batches as one, without tokens; `seconds` is the longest."""
+    """Return the dialogues of several batches as one, without tokens; `seconds` is the longest.
+
+    Groups get new ids: those of different batches stay apart, whatever their ids were.
+    """
     num_turns = max(batch.reward_BT.shape[1] for batch in batches)
+    groups = [np.unique(batch.group_B, return_inverse=True)[1] for batch in batches]
+    first_ids = np.cumsum([0, *(index_B.max(initial=-1) + 1 for index_B in groups)])
 
     def joined(arrays: Sequence[np.ndarray], fill: Any) -> np.ndarray:
         wide = [
@@ -83,7 +88,9 @@ def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
     return RolloutBatch(
         reward_BT=joined([b.reward_BT for b in batches], 0.0),
         alive_BT=joined([b.alive_BT for b in batches], False),
-        group_B=np.concatenate([b.group_B for b in batches]),
+        group_B=np.concatenate(
+            [first + b for first, b in zip(first_ids[:-1], groups, strict=True)]
+        ),
         cut_BT=joined([b.cut_BT for b in batches], False),
         truncated_B=np.concatenate([b.truncated_B for b in batches]),
         overflow_B=np.concatenate([b.overflow_B for b in batches]),

@@ -15,13 +15,15 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 MANIFEST, METRICS, RESULT, TRANSCRIPTS, AGENT = (
     "manifest.json",
@@ -96,7 +98,8 @@ class RunFolder:
 
     def log(self, row: Mapping[str, float]) -> None:
         """Append one line of metrics."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+        path = self.path / METRICS
+        with _failure_explained(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, float]]:
@@ -114,11 +117,22 @@ class RunFolder:
         self._write_text(TRANSCRIPTS, (json.dumps(row, ensure_ascii=False) for row in rows))
 
     def write_agent(self, save: Callable[[Path], None]) -> None:
-        """Let `save` write the trained agent into the folder, in whole or not at all."""
+        """Let `save` write the trained agent into the folder, in whole or not at all.
+
+        Raises:
+            OSError: it could not be written; one that was there before still is.
+        """
         draft, old = self.path / f"{AGENT}.part", self.path / f"{AGENT}-old.part"
+        if old.exists() and not self.agent.exists():  # a kill came between two renames
+            old.rename(self.agent)
         for leftover in (draft, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        save(draft)
+        try:
+            with _failure_explained(self.agent):
+                save(draft)
+        except OSError:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
         if self.agent.exists():
             self.agent.rename(old)
         draft.rename(self.agent)
@@ -161,9 +175,24 @@ class RunFolder:
 
     def _write_text(self, name: str, lines: Iterable[str]) -> None:
         """Write a file in whole or not at all."""
-        draft = self.path / f"{name}.part"
-        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        draft.replace(self.path / name)
+        path, draft = self.path / name, self.path / f"{name}.part"
+        with _failure_explained(path):
+            draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            draft.replace(path)
+
+
+@contextmanager
+def _failure_explained(path: Path) -> Iterator[None]:
+    """Name the file and the remedy where the disk is full or cannot be written to."""
+    try:
+        yield
+    except Exception as error:
+        # The tokenizers package raises plain Exceptions.
+        if not isinstance(error, OSError | SafetensorError) and type(error) is not Exception:
+            raise
+        raise OSError(
+            f"Cannot write {path}: {error}. Free some space, then run the same command again."
+        ) from error
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:

@@ -25,8 +25,8 @@ class Line:
     """Its tokens, with the end mark if that was said."""
     logprobs: list[float]
     """Their log-probabilities when sampled."""
-    mark: tuple[int, ...] | None
-    """The end mark that ended it; None if it was cut by the limit."""
+    mark: str | None
+    """The end mark that ended it, with blanks that its last token adds; None if it was cut."""
     text: str
     """What it says aloud, "..." for nothing: no end mark, special tokens, NULs or thoughts."""
     has_thoughts: bool
@@ -95,7 +95,7 @@ class Sampler:
         """
         ids: dict[int, list[int]] = {row: [] for row in pending}
         logprobs: dict[int, list[float]] = {row: [] for row in pending}
-        marks: dict[int, tuple[int, ...] | None] = dict.fromkeys(pending)
+        marks: dict[int, str | None] = dict.fromkeys(pending)
         order, logit_nV = decoder.feed(np.array(list(pending)), list(pending.values()))
         while True:
             row_rngs = [rngs[row] for row in order.tolist()]
@@ -110,7 +110,7 @@ class Sampler:
             if not speaks_n.any():
                 break
             order, logit_nV = decoder.feed(order[speaks_n], token_n[speaks_n])
-        said = self._said([self._before_mark(ids[row], marks[row]) for row in pending])
+        said = self._said([self._before_end_token(ids[row]) for row in pending])
         return {
             row: Line(ids[row], logprobs[row], marks[row], *said[i])
             for i, row in enumerate(pending)
@@ -129,19 +129,25 @@ class Sampler:
             top_p=self.top_p,
         )
 
-    def _mark_at_end(self, ids: list[int]) -> tuple[int, ...] | None:
-        if ids[-1] in self.end_ids:
-            return (ids[-1],)
-        long_mark = self.format.long_mark
-        if long_mark is None:
-            return None
-        # A model may split the mark otherwise than the tokenizer does, so texts are compared.
-        mark_ids, mark_text = long_mark
-        ending = self.format.tokenizer.decode(ids[-len(mark_text) - 1 :])
-        return mark_ids if str(ending).rstrip().endswith(mark_text) else None
+    def _mark_at_end(self, ids: list[int]) -> str | None:
+        text_mark = self.format.text_mark
+        if text_mark is not None:
+            # A model may split the mark otherwise than the tokenizer does, so texts are compared.
+            ending = self._decode(ids[-len(text_mark.encode()) - 1 :])
+            if ending.rstrip().endswith(text_mark):
+                return ending[ending.rindex(text_mark) :]
+        return self._end_marks.get(ids[-1])
 
-    def _before_mark(self, ids: list[int], mark: tuple[int, ...] | None) -> list[int]:
-        return ids[:-1] if mark is not None and len(mark) == 1 else ids
+    @cached_property
+    def _end_marks(self) -> dict[int, str]:
+        """The single tokens that end a line, with their texts."""
+        return {token: self._decode([token]) for token in self.end_ids}
+
+    def _before_end_token(self, ids: list[int]) -> list[int]:
+        return ids[:-1] if ids[-1] in self.end_ids else ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.format.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def _said(self, rows: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
         """Return (what each row says aloud, whether it holds thoughts)."""
@@ -156,15 +162,13 @@ class Sampler:
         return [self._aloud(text.replace("\0", "")) for text in texts]
 
     def _aloud(self, text: str) -> tuple[str, bool]:
-        if self.format.long_mark is not None:
-            text = text.rstrip().removesuffix(self.format.long_mark[1])
+        if self.format.text_mark is not None:
+            text = text.rstrip().removesuffix(self.format.text_mark)
         _, end_of_thought, after = text.rpartition("</think>")
-        cut = self.format.opens_thought or text.lstrip().startswith("<think>")
-        if end_of_thought:
-            text = after
-        elif cut:
-            text = ""
-        return text.strip() or "...", bool(end_of_thought) or cut
+        aloud, begin_of_thought, _ = after.partition("<think>")  # one that was cut
+        if self.format.opens_thought and not end_of_thought:
+            return "...", True
+        return aloud.strip() or "...", bool(end_of_thought or begin_of_thought)
 
 
 def sample_tokens(

@@ -8,10 +8,11 @@ chunk, H width of the hidden states, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,16 +151,26 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
             "asking for gradient_checkpointing."
         )
     for layer in layers:
-        for dropout in ("dropout", "activation_dropout"):  # a layer's own; submodules stay in eval
-            if isinstance(getattr(layer, dropout, None), float):
-                setattr(layer, dropout, 0.0)
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = partial(_read_twice, layer)  # type: ignore[assignment]
+
+
+def _read_twice(layer: torch.nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a layer now and again in the backward pass, both times without its own dropout."""
+
+    def rested(*inputs: Any) -> Any:
+        training, layer.training = layer.training, False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = training
+
+    return checkpoint(rested, *inputs, use_reentrant=False)
 
 
 @contextmanager
 def _checkpointing_on(model: PreTrainedModel) -> Iterator[None]:
-    """Set the checkpointing layers themselves to training mode, their dropout stays off."""
+    """Set the layers themselves to training mode, which is when they look for checkpointing."""
     layers = [
         m
         for m in model.modules()

@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import gymnasium as gym
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from .compare import ENV_ID
 from .loading import load_policy, weights_fingerprint
+from .optimization import all_processes
 from .ppg import DivergedError, PPGAgent
 from .ppo import PPOAgent
 from .runs import RunFolder, file_hash
@@ -72,6 +73,8 @@ class TrainConfig:
     """Less memory for about a third more time in updates."""
     token_budget: int = 4096
     """Tokens in one forward and backward pass; more is faster on a GPU."""
+    shard: bool = False
+    """Under accelerate launch: spread layers, gradients and optimizer over all processes."""
     personas: str = "train"
     """A split of the bundled personas, or the path of a persona file."""
     max_new_tokens: int | None = None
@@ -110,12 +113,11 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         DivergedError: learning broke down; the batch is in the run folder.
         MemoryError, OSError: no memory, no disk space; checkpoints written so far are untouched.
     """
-    processes = PartialState()
+    processes = all_processes(on_cpu=c.device == "cpu")
     agent = make_agent(c)
     folder = None
     if processes.is_main_process:
-        kept = {name: v for name, v in asdict(c).items() if name not in ("run", "tracker")}
-        folder = RunFolder(c.run, kept, _data_hashes(c))
+        folder = RunFolder(c.run, _settings(c), _data_hashes(c))
         if folder.result is not None:
             raise FileExistsError(f"{c.run} holds a finished run; choose another folder.")
     processes.wait_for_everyone()
@@ -145,8 +147,8 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
             batch = folder.write_batch("diverged_batch", error.batch)
             raise DivergedError(f"{error} The batch is in {batch}.", error.batch) from error
         finally:
-            if folder is not None and agent.num_updates:
-                folder.write_agent(agent.save)
+            if agent.num_updates:
+                _save(agent, folder)
     if folder is not None:
         folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
     return agent
@@ -154,7 +156,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
 
 def make_agent(c: TrainConfig) -> PPGAgent:
     """Return the untrained agent with its environment, this process's share of the slots."""
-    num_processes = PartialState().num_processes
+    num_processes = all_processes().num_processes
     if c.episodes % (num_processes * c.group_size):
         raise ValueError(
             f"episodes={c.episodes} must be a multiple of processes x group_size = "
@@ -189,6 +191,7 @@ def make_agent(c: TrainConfig) -> PPGAgent:
         "ent_coef": c.ent_coef,
         "kl_coef": c.kl_coef,
         "token_budget": c.token_budget,
+        "shard": c.shard,
         "seed": c.seed,
     }
     if c.n_epochs is not None:
@@ -198,6 +201,21 @@ def make_agent(c: TrainConfig) -> PPGAgent:
     if c.algorithm == "ppo":
         return PPOAgent(policy, envs, **settings)
     return PPGAgent(policy, envs, c.credit_name, **settings)
+
+
+def _save(agent: PPGAgent, folder: RunFolder | None) -> None:
+    """Save the agent; only the first process has a folder, all have to ask."""
+    if folder is None:
+        agent.save("")
+    else:
+        folder.write_agent(agent.save)
+
+
+def _settings(c: TrainConfig) -> dict[str, Any]:
+    """Return what makes a run this run, in one spelling: where it is kept and shown does not."""
+    elsewhere = ("run", "tracker", "k")
+    kept = {name: value for name, value in asdict(c).items() if name not in elsewhere}
+    return {**kept, "credit": c.credit_name}
 
 
 def _data_hashes(c: TrainConfig) -> dict[str, str]:
