@@ -94,7 +94,7 @@ class ChatFormat:
         """Whether a later prompt is the earlier one, the own line and the tail, no more."""
         chat = _chat("Be kind.", "How are you?")
         rendered = self.render(chat)
-        for turn, reply in enumerate(("Fine, thanks.", "It sleeps.", "No.")):
+        for turn, reply in enumerate(("Fine, thanks.", "It sleeps.", "No.") * 4):
             answer = f"And the dog, number {turn}?"
             chat += [_say("assistant", reply), _say("user", answer)]
             longer = self.render(chat)

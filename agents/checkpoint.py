@@ -16,6 +16,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,8 @@ def write_checkpoint(
     folder = Path(folder)
     place = folder / f"{number:08d}"
     draft, aside = folder / f"{_PART}{place.name}", folder / f"{_ASIDE}{place.name}"
-    _refuse_others(folder, number, origin)
     try:
+        _refuse_others(folder, number, origin)
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         draft.mkdir()
@@ -70,8 +71,9 @@ def write_checkpoint(
             place.rename(aside)
         draft.rename(place)
         _force_to_disk(folder)
-        if aside.exists():
-            _remove(aside)
+        for old in (aside, *checkpoints(folder)[: -max(1, keep)]):
+            if old.exists():
+                _remove(old)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
         found = checkpoints(folder)
@@ -80,8 +82,6 @@ def write_checkpoint(
             f"Cannot write the checkpoint {place}: {error}; {valid}. Free some space or choose "
             "another run folder, then go on."
         ) from error
-    for old in checkpoints(folder)[: -max(1, keep)]:
-        _remove(old)
     return place
 
 
@@ -93,7 +93,8 @@ def checkpoints(folder: str | Path) -> list[Path]:
     for aside in folder.glob(f"{_ASIDE}*"):  # a kill came before the newer one was there
         place = folder / aside.name.removeprefix(_ASIDE)
         if not place.exists():
-            aside.rename(place)
+            with suppress(FileNotFoundError):  # another process was faster
+                aside.rename(place)
     found = [path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()]
     return sorted(found, key=lambda path: int(path.name))
 

@@ -93,7 +93,7 @@ def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
     folder = RunFolder(cell.folder(c), _cell_settings(cell, c))
     if folder.result is not None:
         return folder.result
-    folder.keep_metrics(0)
+    folder.keep_metrics([])
 
     settings: dict[str, Any] = {"domain": cell.domain, "noise": c.noise, "max_turns": c.max_turns}
     policy = load_policy(c.model)

@@ -59,7 +59,7 @@ class PPOAgent(PPGAgent):
         critic_learning_rate: float = 3e-3,
         share_hidden: bool = False,
         normalize_advantage: bool = True,
-        n_epochs: int = 4,
+        n_epochs: int = 2,
         ratio_level: str = "token",
         group_size: int = 1,
         **settings: Any,

@@ -86,14 +86,8 @@ class RunFolder:
         """Return the folder for the trained agent."""
         return self.path / AGENT
 
-    def keep_metrics(self, number: int) -> None:
-        """Forget all metrics but the first `number` rows: what came later will be done again."""
-        rows = self.metrics()[:number]
-        if len(rows) < number:
-            raise ValueError(
-                f"{self.path / METRICS} has {len(rows)} rows where the checkpoint is after update "
-                f"{number}: the file was changed. Remove the folder {self.path} to start again."
-            )
+    def keep_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Keep these rows only: what came after them will be done again."""
         self._write_text(METRICS, (json.dumps(row) for row in rows))
 
     def log(self, row: Mapping[str, float]) -> None:

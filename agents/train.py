@@ -8,6 +8,7 @@ The same command goes on where a run was stopped, bit for bit.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import gymnasium as gym
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from .compare import ENV_ID
 from .loading import load_policy, weights_fingerprint
@@ -52,7 +54,7 @@ class TrainConfig:
     adam_eps: float | None = None
     """AdamW's epsilon. None = 1e-4 for nano, else 1e-8."""
     n_epochs: int | None = None
-    """Passes over each batch, with clipped ratios if more than 1. None = 1, for ppo 4."""
+    """Passes over each batch, with clipped ratios if more than 1. None = 1, for ppo 2."""
     batch_size: int | None = None
     """Dialogues in a gradient step, in each process; None = all."""
     clip_range: float = 0.2
@@ -113,6 +115,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         DivergedError: learning broke down; the batch is in the run folder.
         MemoryError, OSError: no memory, no disk space; checkpoints written so far are untouched.
     """
+    _refuse_missing_tracker(c.tracker)
     processes = all_processes(on_cpu=c.device == "cpu")
     agent = make_agent(c)
     folder = None
@@ -124,7 +127,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     checkpoints = f"{c.run}/checkpoints"
     goes_on = agent.restore(checkpoints)
     if folder is not None:
-        folder.keep_metrics(agent.num_updates)
+        folder.keep_metrics(agent.history)
 
     with _tracker(c) as log:
 
@@ -223,6 +226,17 @@ def _data_hashes(c: TrainConfig) -> dict[str, str]:
     return {"weights": weights_fingerprint(c.model), "personas": file_hash(c.personas)}
 
 
+def _refuse_missing_tracker(tracker: str | None) -> None:
+    known = sorted(LOGGER_TYPE_TO_CLASS)
+    if tracker is None or tracker in map(str, get_available_trackers()):
+        return
+    if tracker in known:
+        raise ValueError(f"The tracker {tracker!r} is not installed: pip install {tracker}.")
+    near = difflib.get_close_matches(tracker, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"Unknown tracker {tracker!r}.{hint} There are {', '.join(known)}.")
+
+
 @contextmanager
 def _tracker(c: TrainConfig) -> Iterator[Callable[[Mapping[str, float], int], None]]:
     """Yield a function that logs (metrics, step) to the tracker asked for, in one process only."""
@@ -230,8 +244,6 @@ def _tracker(c: TrainConfig) -> Iterator[Callable[[Mapping[str, float], int], No
         yield lambda metrics, step: None
         return
     accelerator = Accelerator(log_with=c.tracker, project_dir=c.run)
-    if not accelerator.log_with:
-        raise ValueError(f"The tracker {c.tracker!r} is not installed: pip install {c.tracker}.")
     accelerator.init_trackers("tracker", config={k: str(v) for k, v in asdict(c).items()})
     try:
         yield lambda metrics, step: accelerator.log(dict(metrics), step=step)

@@ -1,7 +1,9 @@
 """Contenders side by side: each in its own process, asked in turn, one at a time.
 
 Ratios are taken between measurements of the same round, which lie next to each other in time, so
-that a machine that is slower for a while slows both sides. Each process has one torch thread.
+that a machine that is slower for a while slows both sides. Each process has one torch thread. Time
+on the CPU is CPU time of the process, which other work on the machine disturbs less than the clock
+on the wall; on a free machine the two agree. Time on a GPU is by the clock on the wall.
 
 Memory is what a phase adds at its highest point: on the CPU the peak of resident memory (VmHWM,
 reset through /proc/self/clear_refs; ru_maxrss, which cannot be reset, where that is refused) minus
@@ -36,6 +38,8 @@ class Phase:
     """What a rollout or an update cost."""
 
     seconds: float
+    """CPU time of the process; on a GPU wall-clock time."""
+    wall_seconds: float
     """Wall-clock time."""
     memory_mib: float
     """Highest memory during the phase minus memory before it, MiB."""
@@ -158,18 +162,19 @@ class Meter:
             _give_back_memory()
             self._was_reset = _reset_peak()
             self._before = _status_mib("VmRSS")
-        self._started = time.perf_counter()
+        self._started = time.process_time(), time.perf_counter()
 
     def stop(self) -> Phase:
         """End the phase."""
-        if self._cuda is None:
-            seconds = time.perf_counter() - self._started
-            lifelong = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            peak = _status_mib("VmHWM") if self._was_reset else lifelong
-            return Phase(seconds, peak - self._before)
-        self._cuda.synchronize()
-        seconds = time.perf_counter() - self._started
-        return Phase(seconds, self._cuda.max_memory_allocated() / MIB - self._before)
+        if self._cuda is not None:
+            self._cuda.synchronize()
+        cpu, wall = self._started
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+        if self._cuda is not None:
+            return Phase(wall, wall, self._cuda.max_memory_allocated() / MIB - self._before)
+        lifelong = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = _status_mib("VmHWM") if self._was_reset else lifelong
+        return Phase(cpu, wall, peak - self._before)
 
 
 def _give_back_memory() -> None:
@@ -269,7 +274,7 @@ def side_by_side(
 def _costs(step: Step) -> str:
     phases = {"rollout": step.rollout, "update": step.update}
     costs = [
-        f"{name} {phase.seconds:.2f} s {phase.memory_mib:.0f} MiB"
+        f"{name} {phase.seconds:.2f} s (wall {phase.wall_seconds:.2f}) {phase.memory_mib:.0f} MiB"
         for name, phase in phases.items()
         if phase is not None
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -47,10 +48,21 @@ class ForkedRuns:
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
         )
 
-    def train(self, kill_at: tuple[str, int] | None = None, **config: Any) -> Ended:
-        """Train with this TrainConfig; die at the n-th passing of a place (see PLACES)."""
+    def train(
+        self,
+        kill_at: tuple[str, int] | None = None,
+        largest_file: int | None = None,
+        **config: Any,
+    ) -> Ended:
+        """Train with this TrainConfig.
+
+        Args:
+            kill_at: (place, n): die there at the n-th time; see `set_trap`.
+            largest_file: bytes; writing more into a file fails, as on a full disk.
+            config: of the run.
+        """
         assert self._server.stdin is not None and self._server.stdout is not None
-        request = {"config": config, "kill_at": kill_at}
+        request = {"config": config, "kill_at": kill_at, "largest_file": largest_file}
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
         return Ended(**json.loads(self._server.stdout.readline()))
@@ -126,7 +138,7 @@ def half_a_folder(path: Path, **kwargs: Any) -> None:
         file.unlink()
 
 
-def half_an_agent(policy: Any, path: Path) -> None:
+def half_an_agent(policy: Any, path: Path, *more: Any) -> None:
     """Write the model without its tokenizer."""
     policy.model.save_pretrained(path)
 
@@ -211,6 +223,10 @@ def serve() -> None:
                 os.dup2(output.fileno(), 2)
                 code = 1
                 try:
+                    if request["largest_file"] is not None:
+                        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                        limit = request["largest_file"]
+                        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                     if request["kill_at"] is not None:
                         set_trap(*request["kill_at"])
                     train(TrainConfig(**request["config"]), progress_bar=False)

@@ -353,6 +353,18 @@ def test_what_a_style_needs_is_found_by_looking(style: Style) -> None:
     assert form.end_ids == ends
 
 
+def test_the_slightest_change_of_what_was_said_before_is_noticed() -> None:
+    counting = "{{ messages | length % 4 }}" + CHATML  # another digit at the very beginning
+    sliding = CHATML.replace(  # keeps the last twelve messages
+        "<|im_start|>{{ message['role'] }}",
+        "{% if loop.index < messages | length - 12 %}{% continue %}{% endif %}"
+        "<|im_start|>{{ message['role'] }}",
+    )
+    for template in (counting, MISTRAL_SYSTEM, sliding):
+        assert not tiny_policy(template=template).format.append_only
+    assert tiny_policy(template=CHATML).format.append_only
+
+
 # -- end marks -------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import signal
@@ -11,11 +12,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import ppg_env
-from agents import cli
-from agents.runs import read_metrics
+from agents import KStep, PPGAgent, PPOAgent, cli, train
+from agents.conversation import Conversation
+from agents.runs import RunFolder, read_metrics
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--updates", "1", "--episodes", "4", "--group-size", "2", "--eval-episodes", "1")
@@ -88,7 +92,10 @@ def test_help_lists_the_commands() -> None:
     ("command", "flags"),
     [
         ("demo", ["--run", "--domains", "--methods", "--updates", "--workers"]),
-        ("train", ["--domain", "--credit", "--model", "--total-timesteps", "--kl-coef"]),
+        (
+            "train",
+            ["--domain", "--credit", "--k", "--algorithm", "--model", "--total-timesteps"],
+        ),
         ("evaluate", ["--agent", "--personas", "--episodes", "--deterministic"]),
         ("play", ["--domain", "--persona", "--max-turns", "--seed"]),
         ("limits", ["--domains", "--credits", "--max-turns", "--noise"]),
@@ -203,6 +210,88 @@ def test_a_trained_agent_can_be_evaluated(tmp_path: Path, terminal: Terminal) ->
     assert "holds a finished run; choose another folder" in terminal.words
 
 
+SMALL_RUN = ("--episodes", "4", "--group-size", "2", "--max-turns", "2", "--max-new-tokens", "6")
+
+
+def unfinished(run: Path, terminal: Terminal, patch: pytest.MonkeyPatch, *flags: str) -> str:
+    """Begin a run, press Ctrl-C after its second update; return what was said."""
+    log, rows = RunFolder.log, 0
+
+    def log_twice(folder: RunFolder, row: dict[str, float]) -> None:
+        nonlocal rows
+        if rows == 2:
+            raise KeyboardInterrupt
+        rows += 1
+        log(folder, row)
+
+    with patch.context() as inner:
+        inner.setattr(RunFolder, "log", log_twice)
+        assert terminal.run("train", "--run", str(run), *SMALL_RUN, *flags) == 130
+    return terminal.words
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_training_tells_how_to_go_on_and_the_same_command_does(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--total-timesteps", "32", "--checkpoint-every", "2", "--algorithm", "ppo")
+    said = unfinished(tmp_path, terminal, monkeypatch, *flags)
+    assert "Stopped. The same command goes on from the last checkpoint." in said
+    assert "Traceback" not in said
+    assert PPOAgent.load(tmp_path / "agent").num_updates == 3
+    assert terminal.run("train", "--run", str(tmp_path), *SMALL_RUN, *flags) == 0
+    assert [row["time/total_timesteps"] for row in read_metrics(tmp_path)] == [8, 16, 24, 32]
+    assert PPOAgent.load(tmp_path / "agent").num_updates == 4
+
+
+@pytest.mark.slow
+def test_k_is_another_spelling_of_the_credit(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--total-timesteps", "24", "--checkpoint-every", "1")
+    unfinished(tmp_path, terminal, monkeypatch, *flags, "--credit", "kstep", "--k", "2")
+    command = ("train", "--run", str(tmp_path), *SMALL_RUN, *flags)
+    assert terminal.run(*command, "--credit", "kstep:3") == 2
+    assert "credit is 'kstep:2' there and 'kstep:3' now" in terminal.words
+    assert terminal.run(*command, "--credit", "kstep:2") == 0
+    assert PPGAgent.load(tmp_path / "agent").credit == KStep(2)
+
+
+@pytest.mark.slow
+def test_learning_that_breaks_down_is_told_in_one_line(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_spoilt_agent(config: train.TrainConfig) -> PPGAgent:
+        agent = make_agent(config)
+        weight = agent.policy.model.get_input_embeddings().weight
+        weight.register_hook(lambda gradient: gradient * math.nan)
+        return agent
+
+    make_agent = train.make_agent
+    monkeypatch.setattr(train, "make_agent", make_spoilt_agent)
+    run = tmp_path / "run"
+    assert terminal.run("train", "--run", str(run), *SMALL_RUN) == 2
+    lines = [line for line in terminal.printed.splitlines() if line.strip()]
+    assert lines[0].startswith("error: 3 gradients in a row were not finite")
+    assert f"The batch is in {run}/diverged_batch." in terminal.words
+    assert terminal.output.count("error") == 1 and "Traceback" not in terminal.output
+    with np.load(run / "diverged_batch" / "arrays.npz", allow_pickle=False) as arrays:
+        assert arrays["reward_BT"].shape == (4, 2)
+
+
+def test_used_up_memory_is_told_in_one_line_with_the_remedies(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_too_much(*arguments: object, **more: object) -> None:
+        torch.empty(2**62, dtype=torch.uint8)
+
+    monkeypatch.setattr(Conversation, "reply", read_too_much)
+    assert terminal.run("train", "--run", str(tmp_path / "run"), *SMALL_RUN) == 2
+    assert "error: Out of memory on cpu in update 1" in terminal.words
+    assert "lower token_budget (now 4096), turn gradient_checkpointing on" in terminal.words
+    assert "Traceback" not in terminal.output
+
+
 # --- play -----------------------------------------------------------------------------------------
 
 
@@ -261,11 +350,16 @@ def test_a_named_persona_is_played(terminal: Terminal) -> None:
         ("demo --model nanoo", "Did you mean 'nano'? There are 'nano' (bundled)"),
         ("train --credit kstpe:3", "Did you mean"),
         ("train --credit kstep:0", "kstep:0"),
+        ("train --credit kstep", "credit='kstep' needs k, e.g. --credit kstep --k 3 or kstep:3."),
+        ("train --credit full --k 3", "k=3 belongs to credit='kstep', got 'full'."),
+        ("train --credit kstep --k 0", "kstep:0"),
+        ("train --algorithm x", "algorithm is 'ppg' or 'ppo', got 'x'."),
+        ("train --tracker tensorbord", "Unknown tracker 'tensorbord'. Did you mean 'tensorboard'?"),
         ("demo --methods fulll", "full"),
         ("limits --domains therapie", "Unknown domain 'therapie'. Did you mean 'therapy'?"),
         ("limits --credits gredy", "'greedy'"),
         ("train --personas tset", "Unknown split 'tset'. Did you mean 'test'?"),
-        ("train --episodes 6 --group-size 4", "group_size must divide num_envs=6, got 4"),
+        ("train --episodes 6 --group-size 4", "multiple of processes x group_size = 1 x 4"),
         ("play --persona therapy-000", "Unknown persona id 'therapy-000'. Nearest: therapy-0"),
     ],
 )

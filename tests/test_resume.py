@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from forked_runs import ForkedRuns
 
+from agents import PPGAgent
 from agents.loading import NANO
 from agents.runs import read_metrics
 
@@ -64,9 +66,10 @@ def never_stopped(
 
 def what_was_learned(run: Path) -> dict[str, Any]:
     """Return all that two equal runs have in common: all but wall-clock time and file names."""
-    files = [*sorted((run / "agent").glob("*.safetensors")), run / "agent" / "ppg_agent.json"]
-    for checkpoint in sorted((run / "checkpoints").iterdir()):
-        files += sorted(checkpoint.glob("*.safetensors"))
+    newest = max(path for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    files = [run / "agent" / "ppg_agent.json"]
+    for folder in (run / "agent", newest):
+        files += sorted(folder.glob("*.safetensors"))
     result = json.loads((run / "result.json").read_text())
     return {
         "hashes": {str(file.relative_to(run)): sha256(file) for file in files},
@@ -107,7 +110,7 @@ def assert_goes_on(
     ended = runs.train(run=str(run), **KINDS[kind])
     assert ended.code == 0, ended.output
     assert what_was_learned(run) == what_was_learned(reference)
-    assert not [path for path in run.rglob("*") if "part" in path.name or "aside" in path.name]
+    assert not list(run.glob("*.part"))
 
 
 def test_the_run_that_is_compared_with_has_learned(never_stopped: Callable[[str], Path]) -> None:
@@ -182,3 +185,31 @@ def test_a_critic_an_adapter_and_float32_masters_go_on_too(
     tmp_path: Path,
 ) -> None:
     assert_goes_on(runs, tmp_path, never_stopped(kind), kind, *kills)
+
+
+def test_a_full_disk_spoils_neither_checkpoint_nor_agent(
+    runs: ForkedRuns, never_stopped: Callable[[str], Path], tmp_path: Path
+) -> None:
+    # nano's weights are 3.7 MB, its optimizer twice that.
+    assert runs.train(kill_at=("after the metrics", 2), run=str(tmp_path), **SMALL).killed
+    remedy = r"File too large.* Free some space"
+
+    ended = runs.train(largest_file=5_000_000, run=str(tmp_path), **SMALL)
+    place = tmp_path / "checkpoints" / "00000004"
+    assert ended.code == 1
+    assert re.search(rf"OSError: Cannot write the checkpoint {place}: .*{remedy}", ended.output)
+    assert f"{tmp_path / 'checkpoints' / '00000002'} is still valid" in ended.output
+    assert_no_half_checkpoint(tmp_path)
+    assert PPGAgent.load(tmp_path / "agent").num_updates == 4  # that was small enough
+
+    # All is learned, and the kill comes when the agent of before has just been moved aside.
+    assert runs.train(kill_at=("before the agent's rename", 1), run=str(tmp_path), **SMALL).killed
+    for largest_file in (1_000_000, 50_000):
+        ended = runs.train(largest_file=largest_file, run=str(tmp_path), **SMALL)
+        assert ended.code == 1
+        agent = tmp_path / "agent"
+        assert re.search(rf"OSError: Cannot write {agent}: .*{remedy}", ended.output), ended.output
+        assert PPGAgent.load(agent).num_updates == 4  # the one of before is back
+        assert not list(tmp_path.glob("*.part"))
+
+    assert_goes_on(runs, tmp_path, never_stopped("plain"), "plain")

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from agents.loading import NANO
 from agents.runs import RunFolder, read_metrics, read_transcripts
 
 SETTINGS = {"domain": "therapy", "updates": 3, "cuts": (0, 2)}
@@ -89,8 +94,8 @@ def test_no_metrics_yet_is_no_error(tmp_path: Path) -> None:
 def test_starting_again_forgets_the_metrics_of_the_unfinished_attempt(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path, SETTINGS)
     folder.log({"reward": 0.5})
-    folder.keep_metrics(0)
-    folder.keep_metrics(0)
+    folder.keep_metrics([])
+    folder.keep_metrics([])
     assert folder.metrics() == []
 
 
@@ -150,3 +155,138 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ValueError, match=r"manifest\.json is .*remove its folder"):
         RunFolder(tmp_path, {"a": 1})
+
+
+def test_a_run_on_other_data_is_refused_and_the_difference_named(tmp_path: Path) -> None:
+    RunFolder(tmp_path, SETTINGS, {"personas": "abc"})
+    assert RunFolder(tmp_path, SETTINGS, {"personas": "abc"}).result is None
+    with pytest.raises(FileExistsError, match="personas is 'abc' there and 'def' now"):
+        RunFolder(tmp_path, SETTINGS, {"personas": "def"})
+
+
+def test_a_resumed_run_keeps_the_rows_before_its_checkpoint(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    for number in range(4):
+        folder.log({"update": number})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"upda')
+    folder.keep_metrics([{"update": number} for number in range(3)])
+    folder.log({"update": 7})
+    assert [row["update"] for row in read_metrics(tmp_path)] == [0, 1, 2, 7]
+
+
+# --- the trained agent ----------------------------------------------------------------------------
+
+
+def agent_writer(text: str) -> Callable[[Path], None]:
+    """Return what saves an agent of two files."""
+
+    def save(path: Path) -> None:
+        path.mkdir()
+        (path / "model").write_text(text)
+        (path / "tokenizer").write_text(text)
+
+    return save
+
+
+def agent_in(path: Path) -> list[str]:
+    return [(path / "agent" / name).read_text() for name in ("model", "tokenizer")]
+
+
+def fail(path: Path) -> None:
+    """Save half an agent."""
+    path.mkdir()
+    (path / "model").write_text("ha")
+    raise OSError("No space left on device")
+
+
+def test_a_newer_agent_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    for text in ("old", "new"):
+        folder.write_agent(agent_writer(text))
+        assert agent_in(tmp_path) == [text, text]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_agent_that_cannot_be_saved_leaves_the_one_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    remedy = "Cannot write .*agent: No space left on device. Free some space, then run the same"
+    for before in ([], ["old", "old"]):
+        with pytest.raises(OSError, match=remedy):
+            folder.write_agent(fail)
+        assert folder.agent.exists() == bool(before)
+        assert not list(tmp_path.glob("*.part"))
+        if not before:
+            folder.write_agent(agent_writer("old"))
+        assert agent_in(tmp_path) == ["old", "old"]
+
+
+@pytest.mark.parametrize("fail_at", [1, 2])
+def test_a_kill_between_two_renames_loses_no_agent(
+    fail_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder(tmp_path, SETTINGS).write_agent(agent_writer("old"))
+    rename, left = Path.rename, fail_at
+
+    def break_off(self: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            RunFolder(tmp_path, SETTINGS).write_agent(agent_writer("new"))
+    with pytest.raises(OSError):
+        RunFolder(tmp_path, SETTINGS).write_agent(fail)
+    assert agent_in(tmp_path) == ["old", "old"]
+
+
+def test_a_mistake_in_the_program_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    def mistake(path: Path) -> None:
+        raise TypeError("no such argument")
+
+    with pytest.raises(TypeError, match="no such argument"):
+        RunFolder(tmp_path, SETTINGS).write_agent(mistake)
+
+
+# --- a full disk ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_disk(largest_file: int) -> Iterator[None]:
+    """Let no file of this process grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_remedy(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, SETTINGS)
+    folder.finish({"reward": 0.5})
+    folder.log({"reward": 0.5})
+    with full_disk(1000):
+        with pytest.raises(OSError, match=r"Cannot write .*metrics\.jsonl: .*Free some space"):
+            folder.log({"reward" * 300: 0.5})
+        with pytest.raises(OSError, match=r"Cannot write .*result\.json: .*Free some space"):
+            folder.finish({"reward" * 300: 0.5})
+    assert folder.result == {"reward": 0.5}
+    assert folder.metrics() == [{"reward": 0.5}]
+    folder.keep_metrics([{"reward": 0.5}])  # as the same command does when it goes on
+    folder.log({"reward": 0.6})
+    assert folder.metrics() == [{"reward": 0.5}, {"reward": 0.6}]
+
+
+def test_a_tokenizer_that_does_not_fit_is_told_like_all_else(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(NANO)
+    folder = RunFolder(tmp_path, SETTINGS)
+    with (
+        full_disk(20_000),
+        pytest.raises(OSError, match=r"Cannot write .*agent: File too large .*Free some space"),
+    ):
+        folder.write_agent(tokenizer.save_pretrained)

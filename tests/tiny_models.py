@@ -39,6 +39,9 @@ from agents.tape import Tape
 
 Chat = list[dict[str, str]]
 
+CACHED = ["llama", "qwen2", "mistral", "mixed", "gemma2", "cohere", "granite", "gpt2"]
+"""Kinds of `tiny_model` whose keys and values can be kept from turn to turn."""
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -234,7 +237,7 @@ def tiny_model(kind: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
             GPT2Config(
                 vocab_size=size["vocab_size"],
                 n_embd=32,
-                n_layer=2,
+                n_layer=size["num_hidden_layers"],
                 n_head=4,
                 n_positions=size["max_position_embeddings"],
                 initializer_range=0.3,
