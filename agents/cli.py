@@ -128,11 +128,12 @@ def train_agent(c: TrainConfig) -> None:
     """Train one agent into a run folder."""
     ppg_env.get_domain(c.domain)
     try:
-        train(c)
+        agent = train(c)
     except KeyboardInterrupt:
         console.print("Stopped. The same command goes on from the last checkpoint.")
         raise
-    console.print(f"The agent is in {c.run}/agent")
+    if agent.processes.is_main_process:
+        console.print(f"The agent is in {c.run}/agent")
 
 
 def evaluate_agent(c: EvaluateConfig) -> None:

@@ -388,6 +388,8 @@ class Network:
     def _misserved(self) -> str | None:
         try:
             exact = self._probe_cache()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # a model that does not know our cache may fail in any way
             return f"it fails with it ({type(error).__name__}: {error})"
         return None if exact else "its logits with it differ from those without"

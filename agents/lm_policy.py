@@ -86,7 +86,7 @@ class LMPolicy:
         self.tokenizer = tokenizer
         self.name = model.config.name_or_path or tokenizer.name_or_path or type(model).__name__
         self.format = ChatFormat(tokenizer, self.name)
-        _refuse_strange_tokenizer(model, tokenizer, self.name)
+        _refuse_strange_tokenizer(model, self.format)
         self.network = Network(model)
         self.sampler = Sampler(
             self.network, self.format, max_new_tokens, temperature, top_k=top_k, top_p=top_p
@@ -378,15 +378,20 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return known[dtype]
 
 
-def _refuse_strange_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
-) -> None:
+def _refuse_strange_tokenizer(model: PreTrainedModel, form: ChatFormat) -> None:
+    """Refuse a tokenizer that writes ids which the model does not have.
+
+    An entry beyond them that no dialogue uses does no harm; some loaders add such.
+    """
     rows = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    if len(tokenizer) > rows:
+    system, opening = {"role": "system", "content": "Be."}, {"role": "user", "content": "Hello."}
+    written = {*form.prompt_ids([system, opening]), *form.tail("Hello."), *form.end_ids}
+    largest = max(int(form.tokenizer.vocab_size) - 1, *written)
+    if largest >= rows:
         raise ValueError(
-            f"The tokenizer has {len(tokenizer)} entries, but {name} knows only {rows} tokens: it "
-            "is the tokenizer of another model, or was extended. Load the model's own tokenizer, "
-            "or call model.resize_token_embeddings(len(tokenizer)) and save the model again."
+            f"The tokenizer writes ids up to {largest}, but {form.name} knows only {rows} tokens: "
+            "it is the tokenizer of another model, or was extended. Load the model's own "
+            "tokenizer, or call model.resize_token_embeddings(len(tokenizer)) and save the model."
         )
 
 

@@ -109,6 +109,8 @@ class PPGAgent:
         baseline: see credit.advantages.
         scale: see credit.credit_weights; "mean_window" keeps step sizes of policy classes
             comparable.
+        divide_by_std: divide advantages by their standard deviation, as GRPO does; see
+            credit.advantages.
         n_epochs: passes over each batch of dialogues.
         batch_size: dialogues in a gradient step, in each process; None = all slots.
         clip_range: of the importance ratio, where a batch gives more than one step.
@@ -142,6 +144,7 @@ class PPGAgent:
         group_size: int = 8,
         baseline: str = "leave_one_out",
         scale: str = "mean_window",
+        divide_by_std: bool = False,
         n_epochs: int = 1,
         batch_size: int | None = None,
         clip_range: float = 0.2,
@@ -173,6 +176,7 @@ class PPGAgent:
             "group_size": group_size,
             "baseline": baseline,
             "scale": scale,
+            "divide_by_std": divide_by_std,
             "n_epochs": n_epochs,
             "batch_size": batch_size,
             "clip_range": clip_range,
@@ -285,6 +289,7 @@ class PPGAgent:
             group_B=whole.group_B,
             alive_BT=whole.alive_BT,
             scorable_BT=~np.isnan(whole.reward_BT),
+            divide_by_std=self.settings["divide_by_std"],
         )
         return self._own(advantage_BT, batch)
 
@@ -665,6 +670,12 @@ class PPGAgent:
             CheckpointError: the checkpoint is damaged or of another run; this agent is unchanged.
         """
         found = checkpoints(folder)
+        newest = gather_object([found[-1].name if found else "none"])
+        if len(set(newest)) > 1:
+            raise CheckpointError(
+                f"The processes find different checkpoints in {folder} ({', '.join(newest)}): put "
+                "the run folder on a file system that all machines share."
+            )
         if not found:
             return False
         origin = {**self._origin(), "num_processes": self.processes.num_processes}

@@ -197,7 +197,8 @@ class PPOAgent(PPGAgent):
             ValueError: if it holds an agent of another kind.
         """
         record = read_agent_settings(path, cls.__name__)
-        settings = {k: v for k, v in record["settings"].items() if k not in ("baseline", "scale")}
+        fixed = ("baseline", "scale", "divide_by_std")
+        settings = {name: v for name, v in record["settings"].items() if name not in fixed}
         agent = cls(load_policy(path, seed=record["seed"]), env, seed=record["seed"], **settings)
         agent.critic.load_state_dict(load_file(Path(path) / _CRITIC))
         agent.num_timesteps, agent.num_updates = record["num_timesteps"], record["num_updates"]

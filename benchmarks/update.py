@@ -11,6 +11,7 @@ could have computed in the measured time (weights without the input embeddings).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -68,15 +69,29 @@ def gradient_difference(workload: Workload) -> float:
     batch = agent.collect()
     advantage_BT = agent.credited(batch)
 
-    agent.update(batch, advantage_BT)
-    learner.update(samples_of(batch), advantage_BT)
-    ours, plain = flat_gradient(agent.policy.model), flat_gradient(learner.model)
+    ours = gradient_of(agent.policy.model, lambda: agent.update(batch, advantage_BT))
+    plain = gradient_of(learner.model, lambda: learner.update(samples_of(batch), advantage_BT))
     return float((ours - plain).norm() / ours.norm())
 
 
-def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
-    """Return the gradients that the last update left in the parameters, as one vector."""
-    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+def gradient_of(model: torch.nn.Module, update: Callable[[], object]) -> torch.Tensor:
+    """Return the gradient, before clipping, that all backward passes of `update` add up to."""
+    sums = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in model.parameters()]
+
+    def add_to(total: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def add(gradient: torch.Tensor) -> None:
+            total.add_(gradient)
+
+        return add
+
+    hooks = [
+        parameter.register_hook(add_to(total))
+        for parameter, total in zip(model.parameters(), sums, strict=True)
+    ]
+    update()
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([total.flatten() for total in sums])
 
 
 def share_of_peak(workload: Workload, tflops: float) -> Column:

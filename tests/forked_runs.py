@@ -38,14 +38,19 @@ class ForkedRuns:
     """A warmed-up process that trains in forks of itself."""
 
     def __init__(self) -> None:
-        path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+        settings = {
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+            "OMP_NUM_THREADS": "1",
+            "TQDM_DISABLE": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # a GPU cannot be taken over by a fork
+        }
         self._server = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+            env={**os.environ, **settings},
         )
 
     def train(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from agents.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -95,3 +100,37 @@ def test_python_in_the_readme_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # what it writes is thrown away
     exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
+def test_the_readmes_command_takes_a_hugging_face_model_to_a_trained_agent(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^ppg (train --model \S+/\S+ .*)$", README.read_text("utf-8"), re.M)
+    words = command.split()
+    model = tmp_path / "model"
+    start = tiny_model("qwen2", max_position_embeddings=8192)
+    start.save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    words[words.index("--model") + 1] = str(model)
+    run = tmp_path / "run"
+    small = [
+        "--episodes",
+        "8",
+        "--total-timesteps",
+        "20",
+        "--max-new-tokens",
+        "6",
+        "--max-turns",
+        "2",
+    ]
+    subprocess.run(
+        [sys.executable, "-m", "agents.cli", *words, *small, "--run", str(run)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    settings = json.loads((run / "agent" / "ppg_agent.json").read_text(encoding="utf-8"))
+    assert settings["credit"] == "kstep:3" and settings["num_timesteps"] >= 20
+    trained = AutoModelForCausalLM.from_pretrained(run / "agent")
+    assert sum(p.numel() for p in trained.parameters()) == start.num_parameters()
+    assert len(read_metrics(run)) == 2

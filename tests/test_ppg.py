@@ -513,6 +513,13 @@ def test_the_scale_does_not_depend_on_how_long_the_sampled_dialogues_were() -> N
         assert full_BT[0, 2] == pytest.approx(batch.reward_BT[0, 2] / 4.5)  # mean of 8, 7, ... 1
 
 
+def test_advantages_can_be_divided_by_their_standard_deviation() -> None:
+    batch = batch_of(stories(ENDING), [0, 0, 0, 0, 1, 1, 1, 1])
+    plain = exact_agent(two_token_policy(), Trajectory()).credited(batch)
+    scaled = exact_agent(two_token_policy(), Trajectory(), divide_by_std=True).credited(batch)
+    np.testing.assert_allclose(scaled, plain / plain[batch.alive_BT].std())
+
+
 def test_the_kl_to_the_initial_model_starts_at_zero_and_holds_the_agent_back() -> None:
     free, tied = echo_agent(), echo_agent(kl_coef=100.0)
     start = weights_of(free)

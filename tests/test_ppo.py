@@ -424,7 +424,11 @@ class Even(EchoDialogue):
 
 def test_it_learns_what_is_rewarded() -> None:
     agent = PPOAgent(
-        tiny_policy(max_new_tokens=1), SyncVectorEnv([Even] * 16), learning_rate=3e-3, seed=0
+        tiny_policy(max_new_tokens=1),
+        SyncVectorEnv([Even] * 16),
+        learning_rate=3e-3,
+        n_epochs=4,
+        seed=0,
     )
     assert agent.collect().reward_BT.mean() < 0.5
     agent.learn(15 * 16 * 3)

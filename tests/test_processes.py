@@ -177,6 +177,15 @@ def test_only_the_first_process_writes(launched: Path) -> None:
 
 
 @pytest.mark.slow
+def test_processes_that_find_different_checkpoints_refuse_to_go_on(launched: Path) -> None:
+    # Each looked into a folder of its own, as on two machines that share no file system.
+    for rank in (0, 1):
+        refusal = records_of(launched, rank)["epochs"]["refusal"]
+        assert "different checkpoints" in refusal and "(00000001, none)" in refusal
+        assert "put the run folder on a file system that all machines share" in refusal
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_one_run_and_that_of_one_process(
     launched: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +233,7 @@ def test_two_processes_go_on_after_a_kill_as_if_nothing_had_happened(
         train(TrainConfig(**config), progress_bar=False)
     done = launch("-m", "agents.cli", "train", *flags(config), home=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The agent is in") == 1
     for name in ("agent/model.safetensors", "checkpoints/00000004/optimizer.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()
     assert list(map(timeless, read_metrics(run))) == list(map(timeless, read_metrics(whole)))

@@ -244,7 +244,7 @@ def test_the_defaults_are_those_that_the_settings_name(tiny_folder: Path) -> Non
     small = {"episodes": 4, "group_size": 2, "device": "cpu"}
     common = {"lr_schedule": "linear", "group_size": 2}
     ppg = {**common, "kind": PPGAgent, "n_epochs": 1, "ratio_level": "turn"}
-    ppo = {**common, "kind": PPOAgent, "n_epochs": 4, "ratio_level": "token"}
+    ppo = {**common, "kind": PPOAgent, "n_epochs": 2, "ratio_level": "token"}
     nano = {"learning_rate": 3e-4, "adam_eps": 1e-4, "longest": 32}
     other = {"learning_rate": 1e-6, "adam_eps": 1e-8, "longest": 64}
     adapter = {"learning_rate": 1e-4, "adam_eps": 1e-8, "longest": 64}

@@ -18,6 +18,7 @@ from tiny_models import tiny_policy
 from tiny_worlds import EchoDialogue, EchoDialogues
 
 from agents import PPGAgent, PPOAgent
+from agents.checkpoint import CheckpointError
 from agents.conversation import Conversation
 from agents.train import TrainConfig, train
 
@@ -80,12 +81,19 @@ def learn(
 
     agent.loss = count  # type: ignore[method-assign]
     agent.learn(10_000, note)
+    refusal = ""
+    if folder is not None:
+        try:
+            make_agent(scenario, num_slots).restore(folder / "checkpoints")
+        except CheckpointError as error:
+            refusal = str(error)
     tensors = {name: p.detach() for name, p in agent.policy.model.named_parameters()}
     record = {
         "history": agent.history,
         "passes": passes,
         "wrote": written is not None,
         "processes": agent.processes.num_processes,
+        "refusal": refusal,
     }
     return {**tensors, **moments}, record
 
