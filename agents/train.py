@@ -1,7 +1,7 @@
 """Train one agent into a run folder: metrics and checkpoints as it learns, the agent at the end.
 
 ppg train --domain therapy --credit kstep --k 3
-accelerate launch --multi_gpu --num_processes 2 -m agents.cli train --domain therapy --credit kstep --k 3
+accelerate launch --multi_gpu --num_processes 2 -m agents.cli train --domain therapy
 
 The same command goes on where a run was stopped, bit for bit.
 """

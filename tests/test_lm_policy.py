@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, PeftModel
 from tiny_models import (
     CACHED,
+    CHATML,
     assert_same_logprobs,
     generators,
     openings,
@@ -98,7 +99,7 @@ def test_the_tokenizer_of_another_model_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) in str(error.value)
     extended = tiny_tokenizer(CHATML.replace("<|im_start|>", "<new>"))
     extended.add_tokens(["<new>"])
-    with pytest.raises(ValueError, match="up to 320.*resize_token_embeddings"):
+    with pytest.raises(ValueError, match=r"up to 320.*resize_token_embeddings"):
         LMPolicy(tiny_model("llama"), extended)
     # An entry that no dialogue uses does no harm, and a model may have rows to spare.
     extended.chat_template = CHATML
