@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property, lru_cache
 
 from jinja2.exceptions import TemplateError
@@ -21,6 +22,8 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.name = name
         require_chat_template(tokenizer, name)
+        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)))
         self.takes_system = self._accepts_system_messages()
         self.prompt = lru_cache(maxsize=4096)(self._prompt)
         self.tail = lru_cache(maxsize=4096)(self._tail)
@@ -36,8 +39,14 @@ class ChatFormat:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def render(self, messages: Messages, prompt: bool = True) -> str:
-        """Return the text of these messages and, with `prompt`, the start of the agent's line."""
-        chat = [dict(message) for message in messages]
+        """Return the text of these messages and, with `prompt`, the start of the agent's line.
+
+        Special tokens in what was said are left out: nobody can end a turn by naming its mark.
+        """
+        chat = [
+            {"role": message["role"], "content": self._special.sub("", message["content"])}
+            for message in messages
+        ]
         if not self.takes_system:
             chat = _fold_system(chat)
         return str(

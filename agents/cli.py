@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,6 +26,7 @@ from .credit import parse_credit
 from .ppg import DivergedError
 from .train import TrainConfig, train
 
+_BREAKDOWNS = (DivergedError, torch.OutOfMemoryError)
 console = Console() if sys.stdout.isatty() else Console(width=170)
 
 
@@ -262,7 +264,7 @@ def main() -> None:
     }
     try:
         commands[type(config)](config)
-    except (ValueError, OSError, ImportError, MemoryError, DivergedError) as error:
+    except (ValueError, OSError, ImportError, MemoryError, *_BREAKDOWNS) as error:
         console.print(f"error: {error}", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:

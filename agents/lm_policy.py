@@ -133,6 +133,10 @@ class LMPolicy:
             path_or_name, dtype=_dtype(dtype, place), use_safetensors=True
         )
         torch.nn.Module.to(model, place)
+        if lora_rank and _has_adapter(model):
+            raise ValueError(
+                f"{path_or_name} is an adapter already; leave out lora_rank to train it further."
+            )
         if lora_rank:
             add_lora(model, lora_rank, settings.get("seed"))
         elif _has_adapter(model):

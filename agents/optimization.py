@@ -8,6 +8,7 @@ low-precision weights.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch.nn import Parameter
 
-from .sharding import by_kind, clip_gradients, gathered, is_sharded, spread_like
+from .sharding import by_kind, clip_gradients, gathered_on_cpu, is_sharded, spread_like
 
 
 def all_processes(on_cpu: bool = False) -> PartialState:
@@ -26,6 +27,17 @@ def all_processes(on_cpu: bool = False) -> PartialState:
     The first call decides. On the CPU they speak over gloo, which Accelerate starts only if told
     so.
     """
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(name, "false").lower() == "true":
+            raise ValueError(
+                f"{name} is set, but this project shards models itself: launch with --multi_gpu "
+                "and train with --shard."
+            )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        raise ValueError(
+            "Accelerate's mixed precision is not used here: launch with --mixed_precision no and "
+            "train with --dtype bfloat16."
+        )
     return PartialState(cpu=on_cpu or not torch.cuda.is_available())
 
 
@@ -119,18 +131,18 @@ class Optimization:
         self.forget()
         return Step(norm, skipped)
 
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def state(self, keep: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return (tensors by name, numbers) from which `restore` goes on exactly.
 
-        To be called in all processes where the model is sharded.
+        To be called in all processes where the model is sharded; not to `keep` gives no tensors.
         """
         tensors = {
-            f"{i}.{name}": gathered(value)
+            f"{i}.{name}": value
             for i, moments in self.adam.state_dict()["state"].items()
             for name, value in moments.items()
         }
-        tensors |= {f"master.{i}": gathered(m.detach()) for i, (_, m) in enumerate(self._copies())}
-        return tensors, {
+        tensors |= {f"master.{i}": m.detach() for i, (_, m) in enumerate(self._copies())}
+        return gathered_on_cpu(tensors, keep), {
             "learning_rates": [group["lr"] for group in self.adam.param_groups],
             "num_skipped": self.num_skipped,
         }

@@ -15,7 +15,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +55,7 @@ from .optimization import Optimization, all_processes
 from .policy import Messages
 from .rollout import RolloutBatch, collect_rollouts, join_batches
 from .scoring import Scores, microbatches
-from .sharding import gathered, shard_layers, spread_like, whole_layers
+from .sharding import gathered, gathered_on_cpu, shard_layers, spread_like, whole_layers
 from .tape import Tape
 
 Callback = Callable[["PPGAgent"], "bool | None"]
@@ -116,7 +117,8 @@ class PPGAgent:
         clip_range: of the importance ratio, where a batch gives more than one step.
         ratio_level: "turn": one ratio an utterance; "token": one a token. See losses.clipped_loss.
         ent_coef: weight of the entropy of the agent's token distributions, summed over a dialogue.
-        kl_coef: weight of the KL divergence to the initial model, 0 = none.
+        kl_coef: weight of the KL divergence to the initial model (with an adapter: to the model
+            without it), 0 = none.
         max_grad_norm: the gradient's norm is clipped to it.
         skip_grad_norm: a gradient above this norm, or not finite, is skipped and counted.
         max_skips: so many skipped in a row stop learning.
@@ -160,12 +162,20 @@ class PPGAgent:
     ) -> None:
         _refuse_unknown("lr_schedule", lr_schedule, ("constant", "linear"))
         _refuse_unknown("ratio_level", ratio_level, ("turn", "token"))
-        _refuse_below_one(n_epochs=n_epochs, batch_size=batch_size, max_skips=max_skips)
+        _refuse_below_one(
+            n_epochs=n_epochs, batch_size=batch_size, max_skips=max_skips, token_budget=token_budget
+        )
+        _refuse_unless(learning_rate >= 0, "learning_rate must not be negative", learning_rate)
+        _refuse_unless(kl_coef >= 0, "kl_coef must not be negative", kl_coef)
+        _refuse_unless(clip_range > 0, "clip_range must be positive", clip_range)
+        _refuse_unless(max_grad_norm > 0, "max_grad_norm must be positive", max_grad_norm)
+        _refuse_unless(skip_grad_norm > 0, "skip_grad_norm must be positive", skip_grad_norm)
         self.credit = parse_credit(credit) if isinstance(credit, str) else credit
         credit_weights(Greedy(), 1, scale=scale)  # refuse an unknown scale or baseline here
         advantages(np.zeros((2, 1)), baseline=baseline, group_B=np.zeros(2, dtype=int))
         self.env = _checked_env(env, group_size, baseline)
-        self.seed = int(np.random.SeedSequence(seed).generate_state(1)[0]) if seed is None else seed
+        self.processes = all_processes()
+        self.seed = self._common_seed() if seed is None else seed
         self.policy = (
             policy if isinstance(policy, LMPolicy) else load_policy(policy, seed=self.seed)
         )
@@ -188,7 +198,6 @@ class PPGAgent:
             "max_skips": max_skips,
             "token_budget": token_budget,
         }
-        self.processes = all_processes()
         self._reference = Reference(self.policy) if kl_coef else None
         self._layers = self._shard() if shard else []
         self.optimization = self._make_optimization()
@@ -223,7 +232,7 @@ class PPGAgent:
         if total_timesteps is not None:
             self._span = (self.num_timesteps, self.num_timesteps + total_timesteps)
         start, goal = self._span
-        if goal == 0:
+        if total_timesteps is None and goal == 0:
             raise ValueError("Say how much to learn: total_timesteps is needed for a new agent.")
         shown = progress_bar and self.processes.is_main_process
         with tqdm(
@@ -332,7 +341,12 @@ class PPGAgent:
         sums: dict[str, float] = defaultdict(float, steps=1 / processes)
         self.optimization.forget()
         parts = list(microbatches(tape.length_S[sequences], self.settings["token_budget"]))
-        for number in range(self._most(len(parts))):
+        most = self._most(len(parts))
+        if most and not parts:
+            raise ValueError(
+                "No dialogue of this process leaves room for a reply; sharded, all must have some."
+            )
+        for number in range(most):
             rows = sequences[parts[min(number, len(parts) - 1)]]
             micro = self._micro_batch(tape, rows, advantage_BT, len(dialogues) * processes)
             loss, measured = self.loss(micro)
@@ -472,10 +486,20 @@ class PPGAgent:
     # -- several processes -------------------------------------------------------------------------
 
     def _whole(self, batch: RolloutBatch) -> RolloutBatch:
-        """Return the dialogues of all processes, without their tokens."""
+        """Return the dialogues of all processes; of several, without tokens and texts."""
         if self.processes.num_processes == 1:
             return batch
-        return join_batches(gather_object([batch.without_tape()]))
+        batches = gather_object([replace(batch, tape=None, transcripts=[])])
+        sizes = [len(each.group_B) for each in batches]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"The processes have {sizes} slots; give each an env of the same num_envs."
+            )
+        return join_batches(batches)
+
+    def _common_seed(self) -> int:
+        """Return a seed of chance, the first process's for all."""
+        return int(gather_object([int(np.random.SeedSequence().generate_state(1)[0])])[0])
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
@@ -582,7 +606,9 @@ class PPGAgent:
         """
         weights = None
         if self._layers:
-            weights = {k: gathered(v) for k, v in self.policy.model.state_dict().items()}
+            weights = gathered_on_cpu(
+                self.policy.model.state_dict(), self.processes.is_main_process
+            )
         if not self.processes.is_main_process:
             return
         folder = Path(path)
@@ -600,7 +626,9 @@ class PPGAgent:
     ) -> PPGAgent:
         """Return the agent saved in `path`; the optimizer starts afresh.
 
-        With a KL coefficient, the model as saved is the reference from here on.
+        It is a PPGAgent also if it was saved by a named class: that is a PPGAgent with a credit.
+        With a KL coefficient, the model as saved is the reference from here on; with an adapter, as
+        ever, the model without it.
 
         Raises:
             FileNotFoundError: if the folder holds no saved agent.
@@ -647,15 +675,16 @@ class PPGAgent:
             OSError: it could not be written; earlier ones are untouched.
         """
         states = gather_object([random_states()])
-        weights = {name: gathered(tensor) for name, tensor in self._weights().items()}
-        optimizer = self.optimization.state()
+        writes = self.processes.is_main_process
+        weights = gathered_on_cpu(self._weights(), writes)
+        optimizer = self.optimization.state(writes)
         place = None
         if self.processes.is_main_process:
             place = write_checkpoint(
                 folder,
                 self.num_updates,
                 lambda path: self._write_state(path, weights, optimizer, states),
-                {**self._origin(), "num_processes": self.processes.num_processes},
+                self._identity(),
                 keep,
             )
         self.processes.wait_for_everyone()
@@ -678,10 +707,21 @@ class PPGAgent:
             )
         if not found:
             return False
-        origin = {**self._origin(), "num_processes": self.processes.num_processes}
-        read_checkpoint(found[-1], origin)
+        read_checkpoint(found[-1], self._identity())
         self._read_state(found[-1])
         return True
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must agree in; how much is read at a time is no part of it."""
+        origin = self._origin()
+        kept = {name: v for name, v in origin["settings"].items() if name != "token_budget"}
+        frozen = [p for p in self.policy.model.parameters() if not p.requires_grad]
+        return {
+            **origin,
+            "settings": kept,
+            "num_processes": self.processes.num_processes,
+            "frozen_weights": _sample_hash(frozen),
+        }
 
     def _write_state(
         self,
@@ -798,6 +838,15 @@ def _kind_of(agent: type) -> str:
     return own[0]
 
 
+def _sample_hash(tensors: Sequence[torch.Tensor]) -> str:
+    """Return a hash of some numbers of each tensor: tells other weights, reads little."""
+    digest = sha256()
+    for tensor in tensors:
+        flat = gathered(tensor.detach()).flatten()
+        digest.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16] if tensors else ""
+
+
 def _kind_of_tensor(tensor: torch.Tensor | None) -> str:
     if tensor is None:
         return "missing"
@@ -807,6 +856,11 @@ def _kind_of_tensor(tensor: torch.Tensor | None) -> str:
 def _refuse_unknown(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name} is {' or '.join(map(repr, known))}, got {value!r}.")
+
+
+def _refuse_unless(right: bool, rule: str, value: float) -> None:
+    if not right:
+        raise ValueError(f"{rule}, got {value}.")
 
 
 def _refuse_below_one(**numbers: int | None) -> None:

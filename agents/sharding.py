@@ -8,7 +8,7 @@ lengths, so that processes could not wait for each other token by token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -55,6 +55,16 @@ def whole_layers(layers: Sequence[FSDPModule]) -> Iterator[None]:
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in whole; all processes must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_on_cpu(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """Return whole tensors on the CPU, one after the other; {} where they are not to be kept."""
+    whole = {}
+    for name, tensor in tensors.items():
+        one = gathered(tensor.detach())
+        if keep:
+            whole[name] = one.cpu()
+    return whole
 
 
 def spread_like(whole: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

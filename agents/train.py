@@ -12,6 +12,7 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any
 
 import gymnasium as gym
@@ -32,9 +33,9 @@ class TrainConfig:
 
     domain: str = "chatting"
     """Domain of PersonaDialogue-v0."""
-    credit: str = "kstep:3"
+    credit: str | None = None
     """Which rewards a turn answers for: full, greedy, kstep:K, segment, segment:N, discounted:G,
-    trajectory (as GRPO)."""
+    trajectory (as GRPO). None = kstep:3."""
     k: int | None = None
     """Lookahead of --credit kstep, which then needs no :K."""
     algorithm: str = "ppg"
@@ -95,7 +96,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.algorithm not in ("ppg", "ppo"):
             raise ValueError(f"algorithm is 'ppg' or 'ppo', got {self.algorithm!r}.")
-        if self.k is not None and self.credit not in ("kstep", TrainConfig.credit):
+        if self.algorithm == "ppo" and (self.credit or self.k) is not None:
+            raise ValueError("algorithm='ppo' has a critic and no credit; leave out credit and k.")
+        if self.total_timesteps < 1:
+            raise ValueError(f"total_timesteps must be at least 1, got {self.total_timesteps}.")
+        if self.checkpoint_every < 0:
+            raise ValueError(
+                f"checkpoint_every must be at least 1 (0 = none), got {self.checkpoint_every}."
+            )
+        if self.k is not None and self.credit not in ("kstep", None):
             raise ValueError(f"k={self.k} belongs to credit='kstep', got {self.credit!r}.")
         if self.k is None and self.credit == "kstep":
             raise ValueError("credit='kstep' needs k, e.g. --credit kstep --k 3 or kstep:3.")
@@ -103,7 +112,7 @@ class TrainConfig:
     @property
     def credit_name(self) -> str:
         """The credit as agents.credit.parse_credit reads it."""
-        return self.credit if self.k is None else f"kstep:{self.k}"
+        return f"kstep:{self.k}" if self.k is not None else self.credit or "kstep:3"
 
 
 def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
@@ -120,9 +129,12 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     agent = make_agent(c)
     folder = None
     if processes.is_main_process:
-        folder = RunFolder(c.run, _settings(c), _data_hashes(c))
+        folder = RunFolder(c.run, _settings(c), _data_hashes(c, agent))
         if folder.result is not None:
-            raise FileExistsError(f"{c.run} holds a finished run; choose another folder.")
+            raise FileExistsError(
+                f"{c.run} holds a finished run; choose another folder. To train its agent further: "
+                f"--model {c.run}/agent."
+            )
     processes.wait_for_everyone()
     checkpoints = f"{c.run}/checkpoints"
     goes_on = agent.restore(checkpoints)
@@ -144,14 +156,16 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
                 callback=after_update,
                 progress_bar=progress_bar,
             )
+        except KeyboardInterrupt:
+            _save(agent, folder)
+            raise
         except DivergedError as error:
+            _save(agent, folder)
             if folder is None:
                 raise
             batch = folder.write_batch("diverged_batch", error.batch)
             raise DivergedError(f"{error} The batch is in {batch}.", error.batch) from error
-        finally:
-            if agent.num_updates:
-                _save(agent, folder)
+    _save(agent, folder)
     if folder is not None:
         folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
     return agent
@@ -207,7 +221,9 @@ def make_agent(c: TrainConfig) -> PPGAgent:
 
 
 def _save(agent: PPGAgent, folder: RunFolder | None) -> None:
-    """Save the agent; only the first process has a folder, all have to ask."""
+    """Save the agent if it has learned; only the first process has a folder, all have to ask."""
+    if agent.num_updates == 0:
+        return
     if folder is None:
         agent.save("")
     else:
@@ -215,15 +231,24 @@ def _save(agent: PPGAgent, folder: RunFolder | None) -> None:
 
 
 def _settings(c: TrainConfig) -> dict[str, Any]:
-    """Return what makes a run this run, in one spelling: where it is kept and shown does not."""
-    elsewhere = ("run", "tracker", "k")
+    """Return what makes a run this run, in one spelling.
+
+    Where it is kept and shown is no part of it, nor what one changes when memory runs out.
+    """
+    elsewhere = {"run", "tracker", "k", "device", "checkpoint_every"}
+    elsewhere |= {"token_budget", "gradient_checkpointing"}
     kept = {name: value for name, value in asdict(c).items() if name not in elsewhere}
-    return {**kept, "credit": c.credit_name}
+    return {**kept, "credit": None if c.algorithm == "ppo" else c.credit_name}
 
 
-def _data_hashes(c: TrainConfig) -> dict[str, str]:
+def _data_hashes(c: TrainConfig, agent: PPGAgent) -> dict[str, str]:
     """Return what the run depends on besides its settings."""
-    return {"weights": weights_fingerprint(c.model), "personas": file_hash(c.personas)}
+    ids = getattr(agent.env.unwrapped, "persona_ids", ()) if agent.env is not None else ()
+    revision = getattr(agent.policy.model.config, "_commit_hash", None)
+    return {
+        "weights": weights_fingerprint(c.model) or str(revision or ""),
+        "personas": file_hash(c.personas) or sha256("\n".join(ids).encode()).hexdigest(),
+    }
 
 
 def _refuse_missing_tracker(tracker: str | None) -> None:
@@ -244,7 +269,7 @@ def _tracker(c: TrainConfig) -> Iterator[Callable[[Mapping[str, float], int], No
         yield lambda metrics, step: None
         return
     accelerator = Accelerator(log_with=c.tracker, project_dir=c.run)
-    accelerator.init_trackers("tracker", config={k: str(v) for k, v in asdict(c).items()})
+    accelerator.init_trackers("ppg", config={k: str(v) for k, v in asdict(c).items()})
     try:
         yield lambda metrics, step: accelerator.log(dict(metrics), step=step)
     finally:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,19 +83,15 @@ class Ours:
             envs.max_turns = order.turns
             rollout = update = None
             if order.rollout or batch is None or batch.num_turns != order.turns * envs.num_envs:
-                batch, rollout = self._rollout(agent, meter)
+                meter.start()
+                batch = agent.collect()
+                rollout = meter.stop()
             if order.update:
-                with meter() as read:
-                    agent.update(batch, agent.credited(batch))
-                update = read()
+                meter.start()
+                agent.update(batch, agent.credited(batch))
+                update = meter.stop()
                 agent.num_updates += 1
             orders.report(_step(order, rollout, update, samples_of(batch)))
-
-    @staticmethod
-    def _rollout(agent: PPGAgent, meter: Meter) -> tuple[RolloutBatch, Phase]:
-        with meter() as read:
-            batch = agent.collect()
-        return batch, read()
 
 
 def make_agent(workload: Workload, envs: WordDialogues) -> PPGAgent:
@@ -148,19 +144,20 @@ class Plain:
         learner = PlainLearner(workload)
         meter = Meter(workload.device)
         samples: list[Sample] = []
+        reward_BT = np.empty((0, 0))
         seed = workload.seed
         for order in orders:
             envs.max_turns = order.turns
             rollout = update = None
             if order.rollout or len(samples) != order.turns * envs.num_envs:
                 seed += 1
-                with meter() as read:
-                    samples, reward_BT = play(learner.model, tokenizer, envs, workload, seed)
-                rollout = read()
+                meter.start()
+                samples, reward_BT = play(learner.model, tokenizer, envs, workload, seed)
+                rollout = meter.stop()
             if order.update:
-                with meter() as read:
-                    learner.update(samples, credited(reward_BT, envs.group_B))
-                update = read()
+                meter.start()
+                learner.update(samples, credited(reward_BT, envs.group_B))
+                update = meter.stop()
             orders.report(_step(order, rollout, update, samples))
 
 
@@ -362,9 +359,9 @@ class _TrlRollout:
         """Return ids, the mask of the agent's own tokens, and the reward of each conversation."""
         assert self.order is not None
         self._envs.max_turns = self.order.turns
-        with self._meter() as read:
-            self._samples, reward_B = self._play(trainer)
-        self._rollout = read()
+        self._meter.start()
+        self._samples, reward_B = self._play(trainer)
+        self._rollout = self._meter.stop()
         played = _conversations(self._samples, reward_B)
         self._meter.start()
         return played
@@ -424,7 +421,7 @@ def _conversations(samples: Sequence[Sample], reward_B: np.ndarray) -> dict[str,
     }
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[Workload, int], Contender]] = {
     "ours": lambda workload, turns: Ours(workload),
     "plain": lambda workload, turns: Plain(workload),
     "trl": Trl,

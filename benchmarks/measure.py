@@ -23,7 +23,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -136,20 +135,12 @@ Contender = Callable[[Orders], None]
 
 
 class Meter:
-    """Measures one phase at a time on one device: `with meter as read: ...`, then `read()`."""
+    """Measures one phase at a time on one device, from `start` to `stop`."""
 
     def __init__(self, device: str) -> None:
         import torch
 
         self._cuda = torch.cuda if device.startswith("cuda") else None
-
-    @contextmanager
-    def __call__(self) -> Iterator[Callable[[], Phase]]:
-        """Measure the block; the function it yields tells the phase afterwards."""
-        self.start()
-        found: list[Phase] = []
-        yield lambda: found[0]
-        found.append(self.stop())
 
     def start(self) -> None:
         """Begin a phase."""
@@ -165,7 +156,7 @@ class Meter:
         self._started = time.process_time(), time.perf_counter()
 
     def stop(self) -> Phase:
-        """End the phase."""
+        """End the phase and return what it cost."""
         if self._cuda is not None:
             self._cuda.synchronize()
         cpu, wall = self._started

@@ -196,9 +196,9 @@ def test_a_run_of_two_processes_is_one_run_and_that_of_one_process(
         "manifest.json",
         "metrics.jsonl",
         "result.json",
-        "tracker",
+        "ppg",
     }
-    events = list((run / "tracker").glob("events.out.*"))
+    events = list((run / "ppg").glob("events.out.*"))
     assert len(events) == 1
     rows = read_metrics(run)
     assert [row["time/total_timesteps"] for row in rows] == [16, 32, 48, 64]

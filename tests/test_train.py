@@ -115,7 +115,8 @@ def test_the_manifest_says_what_was_run_with_what_on_what(config: TrainConfig) -
     settings = manifest["settings"]
     assert settings["seed"] == 0 and settings["episodes"] == 4 and settings["domain"] == "chatting"
     assert settings["credit"] == "kstep:3" and settings["learning_rate"] == 1e-3
-    assert set(vars(config)) - set(settings) == {"run", "tracker", "k"}
+    memory = {"device", "checkpoint_every", "token_budget", "gradient_checkpointing"}
+    assert set(vars(config)) - set(settings) == {"run", "tracker", "k"} | memory
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"].keys() >= {"python", "numpy", "transformers", "accelerate"}
     assert re.fullmatch("[0-9a-f]{16}", manifest["data"]["weights"])
@@ -291,7 +292,7 @@ def test_tensorboard_gets_every_metric_under_its_name_with_turns_as_steps(
 ) -> None:
     go(changed(config, tracker="tensorboard"))
     rows = read_metrics(config.run)
-    folders = {path.parent for path in Path(config.run, "tracker").rglob("events.out.*")}
+    folders = {path.parent for path in Path(config.run, "ppg").rglob("events.out.*")}
     found: dict[str, list[tuple[int, float]]] = {}
     for folder in folders:
         events = EventAccumulator(str(folder))
