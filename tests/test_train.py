@@ -20,6 +20,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_policy
@@ -28,6 +29,8 @@ from tiny_worlds import EchoDialogues
 import ppg_env  # noqa: F401  (registers PersonaDialogue-v0)
 from agents import PPGAgent, PPOAgent
 from agents import train as train_module
+from agents.checkpoint import CheckpointError
+from agents.lm_policy import LMPolicy
 from agents.ppg import DivergedError
 from agents.runs import RunFolder, read_metrics
 from agents.train import TrainConfig, make_agent, train
@@ -562,3 +565,78 @@ def test_a_run_that_diverges_leaves_the_batch_for_inspection(
     assert [row["train/skipped_steps"] for row in read_metrics(run)] == [0, 1, 2, 3]
     assert PPGAgent.load(run / "agent").num_updates == 4
     assert not (run / "result.json").exists()
+
+
+def test_a_run_out_of_memory_goes_on_with_smaller_pieces(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(agent: PPGAgent, *arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as inner:
+        update = PPGAgent.update
+        inner.setattr(
+            PPGAgent,
+            "update",
+            lambda agent, *a: (update if agent.num_updates == 0 else no_memory)(agent, *a),
+        )
+        with pytest.raises(MemoryError, match="lower token_budget"):
+            go(config)
+    agent = go(changed(config, token_budget=200, gradient_checkpointing=True, checkpoint_every=2))
+    assert agent.num_updates == 3 and agent.settings["token_budget"] == 200
+
+
+def test_an_adapters_checkpoint_belongs_to_its_base_model(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    def adapted(seed: int) -> PPGAgent:
+        policy = LMPolicy.from_pretrained(tiny_folder, device="cpu", lora_rank=2, seed=0)
+        with torch.no_grad():
+            policy.model.get_input_embeddings().weight += seed
+        return PPGAgent(policy, None, seed=0)
+
+    adapted(0).checkpoint(tmp_path)
+    assert adapted(0).restore(tmp_path)
+    with pytest.raises(CheckpointError, match="frozen_weights"):
+        adapted(1).restore(tmp_path)
+
+
+def test_a_second_adapter_on_an_adapter_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    LMPolicy.from_pretrained(tiny_folder, device="cpu", lora_rank=2).save(tmp_path)
+    with pytest.raises(ValueError, match="is an adapter already; leave out lora_rank"):
+        LMPolicy.from_pretrained(tmp_path, device="cpu", lora_rank=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "launch with --multi_gpu and train with --shard"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "ACCELERATE_USE_DEEPSPEED is set"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "train with --dtype bfloat16"),
+    ],
+)
+def test_what_the_launcher_promises_in_vain_is_refused(
+    name: str, value: str, message: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        go(config)
+
+
+def test_the_config_file_for_two_machines_is_one_that_accelerate_reads() -> None:
+    file = Path(__file__).parent.parent / "examples" / "accelerate_two_machines.yaml"
+    found = load_config_from_file(str(file))
+    assert (found.num_machines, found.num_processes, found.mixed_precision) == (2, 16, "no")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"algorithm": "ppo", "credit": "greedy"}, "has a critic and no credit"),
+        ({"total_timesteps": 0}, "total_timesteps must be at least 1, got 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be at least 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**settings)
