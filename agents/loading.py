@@ -57,7 +57,7 @@ def check_model_name(policy: str | Path) -> None:
     name = str(policy)
     if name == "nano" or Path(policy).is_dir():
         return
-    near = [] if "/" in name else difflib.get_close_matches(name, ["nano"], n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name.lower(), ["nano"], n=1, cutoff=0.8)
     is_path = isinstance(policy, Path) or name.count("/") > 1 or name.startswith((".", "/", "~"))
     if near or is_path or name.startswith("runs/"):
         hint = f" Did you mean {near[0]!r}?" if near else ""

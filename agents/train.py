@@ -156,12 +156,12 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
                 callback=after_update,
                 progress_bar=progress_bar,
             )
-        except KeyboardInterrupt:
-            _save(agent, folder)
-            raise
-        except DivergedError as error:
-            _save(agent, folder)
-            if folder is None:
+        except BaseException as error:
+            # After an error of one process alone the others would never come to save.
+            together = isinstance(error, KeyboardInterrupt | DivergedError)
+            if together or processes.num_processes == 1:
+                _save(agent, folder)
+            if folder is None or not isinstance(error, DivergedError):
                 raise
             batch = folder.write_batch("diverged_batch", error.batch)
             raise DivergedError(f"{error} The batch is in {batch}.", error.batch) from error
