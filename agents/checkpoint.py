@@ -1,7 +1,8 @@
 """Checkpoints that a crash cannot spoil: whole folders, checked by hash, or nothing.
 
 FOLDER/00000012/                 after update 12; the newest one counts
-    manifest.json                what made it, and the size and SHA-256 of every other file
+    manifest.json                what made it: settings, seed, hashes of data, commit, versions;
+                                 and the size and SHA-256 of every other file
     ...                          what the writer puts there
 
 A checkpoint is written beside its place, forced to disk and then renamed, so that a kill at any
@@ -15,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+
+from .provenance import provenance
 
 MANIFEST = "manifest.json"
 _PART = ".part-"  # a folder that is being written or removed
@@ -39,6 +43,7 @@ def write_checkpoint(
     write: Callable[[Path], None],
     origin: Mapping[str, Any],
     keep: int = 2,
+    data: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a checkpoint in whole or not at all, then remove all but the newest `keep`.
 
@@ -48,6 +53,7 @@ def write_checkpoint(
         write: writes its files into the folder that it is given.
         origin: what made the checkpoint; `read_checkpoint` compares it.
         keep: how many to keep, at least 1.
+        data: hashes of what the run reads, for the manifest.
 
     Raises:
         CheckpointError: the folder holds those of another run, or later ones; nothing was changed.
@@ -63,7 +69,13 @@ def write_checkpoint(
         draft.mkdir()
         write(draft)
         files = {path.name: _fingerprint(path) for path in sorted(draft.iterdir())}
-        manifest = {"number": number, "origin": origin, "files": files}
+        manifest = {
+            "number": number,
+            "origin": origin,
+            "data": dict(data or {}),
+            **provenance(),
+            "files": files,
+        }
         (draft / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in (*draft.iterdir(), draft):
             _force_to_disk(path)
@@ -115,6 +127,13 @@ def read_checkpoint(place: str | Path, origin: Mapping[str, Any]) -> None:
                 "to go on from the checkpoint before it."
             )
     _refuse_foreign(place, manifest, origin)
+    then, now = manifest.get("versions"), provenance()["versions"]
+    if then != now:
+        warnings.warn(
+            f"{place} was written with {then}, now it is {now}: learning goes on, but not bit for "
+            "bit as it would have.",
+            stacklevel=3,
+        )
 
 
 def random_states() -> dict[str, Any]:

@@ -661,12 +661,19 @@ class PPGAgent:
 
     # -- checkpoints -------------------------------------------------------------------------------
 
-    def checkpoint(self, folder: str | Path, keep: int = 2) -> Path | None:
+    def checkpoint(
+        self, folder: str | Path, keep: int = 2, data: Mapping[str, str] | None = None
+    ) -> Path | None:
         """Write all that learning needs to go on bit for bit; see checkpoint.py.
 
         It holds trained weights, the optimizer, every random state, counters and the goal of
         `learn`. Environments have no state between two updates: each starts with a reset, seeded by
         agent and update. To be called from a callback, in all processes; the first one writes.
+
+        Args:
+            folder: of all checkpoints of a run.
+            keep: how many to keep.
+            data: hashes of what the run reads, for the manifest.
 
         Returns:
             The checkpoint; None in the other processes.
@@ -686,6 +693,7 @@ class PPGAgent:
                 lambda path: self._write_state(path, weights, optimizer, states),
                 self._identity(),
                 keep,
+                data,
             )
         self.processes.wait_for_everyone()
         return place

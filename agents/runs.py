@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
+
+from .provenance import provenance
 
 MANIFEST, METRICS, RESULT, TRANSCRIPTS, AGENT = (
     "manifest.json",
@@ -67,7 +66,7 @@ class RunFolder:
             )
         data = dict(data or {})
         if manifest is None:
-            self._write(MANIFEST, {"settings": settings, "data": data, **_surroundings()})
+            self._write(MANIFEST, {"settings": settings, "data": data, **provenance()})
             return
         for there, here in ((manifest["settings"], settings), (manifest.get("data", {}), data)):
             if there != here:
@@ -210,48 +209,3 @@ def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         if old.get(key) != new.get(key):
             return f"{key} is {old.get(key)!r} there and {new.get(key)!r} now"
     return "settings differ"
-
-
-def file_hash(path: str | Path) -> str:
-    """Return the SHA-256 of a file, "" for what is no file."""
-    return sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
-
-
-def _surroundings() -> dict[str, Any]:
-    import accelerate
-    import torch
-    import transformers
-
-    return {
-        "git_commit": _git_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "accelerate": accelerate.__version__,
-            "numpy": np.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "hardware": {"machine": platform.machine(), "cores": os.cpu_count()},
-    }
-
-
-def _git_commit() -> str | None:
-    """Return the commit of this project's checkout, None if it is none."""
-    try:
-        found = subprocess.run(
-            [
-                "git",
-                "-C",
-                str(Path(__file__).parent),
-                "describe",
-                "--always",
-                "--dirty",
-                "--abbrev=40",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -24,7 +24,8 @@ from .loading import load_policy, weights_fingerprint
 from .optimization import all_processes
 from .ppg import DivergedError, PPGAgent
 from .ppo import PPOAgent
-from .runs import RunFolder, file_hash
+from .provenance import file_hash
+from .runs import RunFolder
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,10 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     _refuse_missing_tracker(c.tracker)
     processes = all_processes(on_cpu=c.device == "cpu")
     agent = make_agent(c)
+    data = _data_hashes(c, agent)
     folder = None
     if processes.is_main_process:
-        folder = RunFolder(c.run, _settings(c), _data_hashes(c, agent))
+        folder = RunFolder(c.run, _settings(c), data)
         if folder.result is not None:
             raise FileExistsError(
                 f"{c.run} holds a finished run; choose another folder. To train its agent further: "
@@ -148,7 +150,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
                 folder.log(learner.log)
             log(learner.log, learner.num_timesteps)
             if c.checkpoint_every and learner.num_updates % c.checkpoint_every == 0:
-                learner.checkpoint(checkpoints)
+                learner.checkpoint(checkpoints, data=data)
 
         try:
             agent.learn(

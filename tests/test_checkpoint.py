@@ -552,3 +552,22 @@ def test_even_a_world_that_draws_from_global_generators_goes_on_alike(tmp_path: 
         resumed.restore(tmp_path)
         resumed.learn(1)
         assert torch.equal(weights_of(resumed), weights_of(first))
+
+
+def test_the_manifest_says_what_made_the_checkpoint(tmp_path: Path) -> None:
+    place = write_checkpoint(tmp_path, 1, writer("text"), ORIGIN, data={"weights": "abc"})
+    manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["origin"] == json.loads(json.dumps(ORIGIN))
+    assert manifest["data"] == {"weights": "abc"}
+    assert {"python", "torch", "transformers"} <= set(manifest["versions"])
+    assert "git_commit" in manifest and "cores" in manifest["hardware"]
+
+
+def test_other_versions_are_told_and_no_obstacle(tmp_path: Path) -> None:
+    place = write_checkpoint(tmp_path, 1, writer("text"), ORIGIN)
+    text = (place / "manifest.json").read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    manifest["versions"]["torch"] = "1.0"
+    (place / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.warns(UserWarning, match="not bit for bit"):
+        read_checkpoint(place, ORIGIN)
