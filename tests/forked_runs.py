@@ -150,7 +150,7 @@ def half_an_agent(policy: Any, path: Path, *more: Any) -> None:
 
 def set_trap(place: str, count: int) -> None:
     """Make this process die when it comes to `place` for the count-th time."""
-    from agents import ppg
+    from agents import ppg, resume
     from agents.conversation import Conversation
     from agents.lm_policy import LMPolicy
     from agents.optimization import Optimization
@@ -184,9 +184,11 @@ def set_trap(place: str, count: int) -> None:
         "half a row of metrics": lambda: watch(RunFolder, "log", count, before=half_a_row),
         "after the metrics": lambda: watch(ppg.PPGAgent, "checkpoint", count, before=at_once),
         "half the weights": lambda: watch(
-            ppg, "save_file", count, after=half_a_file, when=is_weights
+            resume, "save_file", count, after=half_a_file, when=is_weights
         ),
-        "after the weights": lambda: watch(ppg, "save_file", count, after=at_once, when=is_weights),
+        "after the weights": lambda: watch(
+            resume, "save_file", count, after=at_once, when=is_weights
+        ),
         "half the manifest": lambda: watch(
             Path, "write_text", count, before=half_a_text, when=is_manifest
         ),

@@ -24,7 +24,7 @@ import torch
 from tiny_models import tiny_model, tiny_policy, tiny_tokenizer
 from tiny_worlds import EchoDialogue, EchoDialogues
 
-from agents import PPGAgent, PPOAgent, ppg
+from agents import PPGAgent, PPOAgent, resume
 from agents.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -103,7 +103,7 @@ class Disk:
             patch.setattr(os, name, self.watched(getattr(os, name)))
         patch.setattr(io, "open", self.watched(io.open))
         patch.setattr(Path, "write_text", self.watched(Path.write_text, half_a_text))
-        patch.setattr(ppg, "save_file", self.watched(ppg.save_file, half_a_file))
+        patch.setattr(resume, "save_file", self.watched(resume.save_file, half_a_file))
 
     def watched(
         self, operation: Callable[..., Any], half: Callable[..., None] | None = None

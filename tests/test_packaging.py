@@ -59,6 +59,7 @@ FLOORS = {
     "agents/lm_policy": 10,
     "agents/evaluate": 10,
     "agents/loading": 11,
+    "agents/resume": 11,
     "agents/ppg": 12,
     "agents/sb3": 12,
     "agents/ppo": 13,
