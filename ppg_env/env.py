@@ -55,7 +55,8 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
 
     ## Arguments
     See `World`: domain, personas, partner, judge, max_turns, noise, max_utterance_length,
-    unscorable_reward. `render_mode` is None, "human" (coloured transcript) or "ansi" (text).
+    unscorable_reward, verdict_cache. `render_mode` is None, "human" (coloured transcript) or "ansi"
+    (text).
 
     ## References
     Mathur, Kveton, Mukherjee, Lai: Partial Policy Gradients for RL in LLMs, arXiv 2603.06138.
@@ -77,6 +78,7 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
         noise: float = 0.1,
         max_utterance_length: int = 2000,
         unscorable_reward: float = float("nan"),
+        verdict_cache: str | Path | None = None,
         render_mode: str | None = None,
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
@@ -90,6 +92,7 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
             noise,
             max_utterance_length,
             unscorable_reward,
+            verdict_cache,
         )
         self.observation_space = self.world.observation_space
         self.action_space = self.world.action_space

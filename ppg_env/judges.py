@@ -7,21 +7,14 @@ dynamics. A line it cannot tie to the persona earns nothing: it never fails open
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from hashlib import sha256
 from typing import NamedTuple, Protocol
 
 from .dialogue import Persona, Transcript, Turn, Verdict
-from .domains import Claim, Domain, Reading
-from .domains.words import FUNCTION_WORDS, is_known
+from .domains import Claim, Domain
+from .domains.flaws import find_flaw
 from .process import Dynamics, turn_value
 
-MAX_ATTRIBUTES = 3
-"""A line may speak to this many attributes; more is a list of facts, not a reply."""
-ECHO_OVERLAP = 0.7
-COPY_OVERLAP = 0.8
-_DANGLING = frozenset(
-    "a an the and or but because so of to in on at for with from by as is am are was were be been "
-    "my your his her their our its this that these those i we it's i'm very".split()
-)
 _CACHE_SIZE = 65536
 
 
@@ -82,13 +75,29 @@ class RuleJudge:
         """
         return [self._judge(transcript) for transcript in transcripts]
 
-    def _judge(self, transcript: Transcript) -> Verdict:
-        persona, turn = transcript.persona, transcript.turns[-1]
+    @property
+    def cache_key(self) -> str:
+        """Everything but the transcript that determines a verdict."""
+        rules = sha256(repr(self.domain).encode()).hexdigest()[:12]
+        charged = self.charge_conflicts
+        return f"RuleJudge/domain={self.domain.name}:{rules}/charge_conflicts={charged}"
+
+    def check(self, persona: Persona) -> None:
+        """Check that rules can judge this persona.
+
+        Raises:
+            ValueError: it has no facts; names the judges that can.
+        """
         if not persona.facts:
             raise ValueError(
                 f"RuleJudge cannot judge persona {persona.id!r}: it has a text but no facts. "
-                "Give it facts of the domain's lexicon, or use a judge that reads free text."
+                "Give it facts of the domain's lexicon, or use a judge that reads free text: "
+                "judge='openai:MODEL@URL' or 'hf:FOLDER' (ChatJudge), 'nli:FOLDER' (NLIJudge)."
             )
+
+    def _judge(self, transcript: Transcript) -> Verdict:
+        persona, turn = transcript.persona, transcript.turns[-1]
+        self.check(persona)
         earlier = transcript.turns[:-1]
         memory = self._recall(persona, earlier)
         flaw, act, claims, false = self._understand(persona, earlier, turn)
@@ -145,70 +154,6 @@ class RuleJudge:
         if len(self._memories) >= _CACHE_SIZE:
             self._memories.clear()
         self._memories[persona, turns] = memory
-
-
-def find_flaw(
-    line: str,
-    reading: Reading,
-    partner: Reading,
-    persona: Reading,
-    known_words: frozenset[str],
-) -> str:
-    """Return why a line is degenerate by itself, or "" if it is not.
-
-    Args:
-        line: the agent's line; `reading` is its reading.
-        partner: reading of the line it answers.
-        persona: reading of the persona text.
-        known_words: the domain's and common words; a line half of whose words are others (more
-            than half below five words) is no sentence.
-    """
-    words, pairs = reading.words, reading.pairs
-    if not words:
-        return "holds no words"
-    if _stutters(words):
-        return "repeats itself"
-    if _unfinished(line, words):
-        return "is an unfinished sentence"
-    if len(words) >= 4 and len(pairs & partner.pairs) >= ECHO_OVERLAP * len(pairs):
-        return "echoes the partner"
-    if len(words) >= 8 and len(pairs & persona.pairs) >= COPY_OVERLAP * len(pairs):
-        return "copies out the persona"
-    if len({claim.attribute for claim in reading.claims}) > MAX_ATTRIBUTES:
-        return "lists facts"
-    if reading.mentions >= 3 and 2 * reading.mentions > len(words):
-        return "lists keywords"
-    if len(words) >= 4 and FUNCTION_WORDS.isdisjoint(words):
-        return "is no sentence"
-    strange = [word for word in words if word not in known_words]
-    if 2 * len(strange) >= len(words) >= 3:
-        unknown = sum(not is_known(word, known_words) for word in strange)
-        if 2 * unknown >= len(words) + (len(words) < 5):
-            return "is no sentence"
-    return ""
-
-
-def _stutters(words: tuple[str, ...]) -> bool:
-    """Return whether words follow each other again at once ("these days these days")."""
-    if len(set(words)) >= len(words) - 1:
-        return False
-    for size in (2, 3, 4):
-        for i in range(len(words) - 2 * size + 1):
-            if words[i : i + size] == words[i + size : i + 2 * size]:
-                return True
-    if any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2)):
-        return True
-    return len(words) >= 8 and 2 * len(set(words)) < len(words)
-
-
-def _unfinished(line: str, words: tuple[str, ...]) -> bool:
-    """Return whether a line breaks off: ends in a letter, digit or comma, or in a dangling word."""
-    last = line.rstrip()[-1]
-    if last in ".!?…":
-        return False
-    if words[-1] in _DANGLING:
-        return True
-    return len(words) > 3 and (last.isalnum() or last in ",;:-–—(")
 
 
 def _conflict(

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from .dialogue import Farewell, Transcript
-from .domains import Attribute, Claim, Domain
+from .chat import ChatModel, Completion
+from .dialogue import Farewell, Messages, Transcript
+from .domains import Attribute, Claim, Domain, get_domain
 from .domains.domain import choose
+from .domains.flaws import MARKUP
+
+END = "[END]"
+"""What a chat partner writes after a line that closes the dialogue."""
+MAX_PARTNER_LINE = 2000
+"""Characters of a chat partner's line; a longer answer ends after its last whole sentence."""
+_BLANK_ANSWERS = 4
+_MANNERS = (
+    "Write only what you say yourself, as plain text: one or two short sentences, at most one "
+    "question. Never speak for the other, never leave your part."
+)
+_CLOSING = (
+    f"When the conversation has come to its natural end, say goodbye and write {END} after it."
+)
+_BEGIN = "(The conversation begins. Say your first line.)"
+_SENTENCE_END = re.compile(r"[.!?…。！？]+[\"'”’)]*")
 
 
 class Partner(Protocol):
@@ -168,3 +187,105 @@ class ScriptedPartner:
             self.domain.interpret(transcript.persona, turn.partner, turn.agent).act == "evade"
             for turn in last
         )
+
+
+class ChatPartner:
+    """A language model that plays the partner; it knows the setting and what was said, no secrets.
+
+    What the domain lets a partner know (`Domain.partner_knows`) is told; the persona's text, other
+    facts and traits never are. Reads the agent's lines as the user's and its own as the
+    assistant's.
+
+    Args:
+        chat: who speaks.
+        domain: whose `partner_brief` it gets.
+        temperature: of its lines; each has a seed from its dialogue's own generator.
+        max_tokens: longest answer in tokens; a line that is cut off ends after its last sentence.
+        may_close: it may say goodbye, and the dialogue ends (`terminated`).
+
+    Attributes:
+        counts: "lines"; "blank" answers, in place of which it is asked again, and after the fourth
+            says "...".
+    """
+
+    def __init__(
+        self,
+        chat: ChatModel,
+        domain: str | Domain,
+        *,
+        temperature: float = 0.8,
+        max_tokens: int = 256,
+        may_close: bool = True,
+    ) -> None:
+        if temperature < 0 or max_tokens < 1:
+            raise ValueError(
+                "temperature must not be negative and max_tokens be at least 1, got "
+                f"{temperature} and {max_tokens}."
+            )
+        self.chat, self.domain = chat, get_domain(domain)
+        self.temperature, self.max_tokens, self.may_close = temperature, max_tokens, may_close
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def remote(self) -> bool:
+        """Whether it waits for a server."""
+        return self.chat.remote
+
+    @property
+    def nondeterministic(self) -> bool:
+        """Whether equal transcripts with equal seeds may get different lines."""
+        return self.chat.nondeterministic
+
+    def __call__(
+        self, transcripts: Sequence[Transcript], rngs: Sequence[np.random.Generator]
+    ) -> list[str]:
+        """Return one line for each transcript.
+
+        Raises:
+            ChatError: the model gave no answer.
+        """
+        chats = [self._view(transcript) for transcript in transcripts]
+        lines = [""] * len(chats)
+        silent = list(range(len(chats)))
+        for _ in range(_BLANK_ANSWERS):
+            answers = self.chat(
+                [chats[i] for i in silent],
+                [int(rngs[i].integers(2**31)) for i in silent],
+                temperature=self.temperature,
+                max_tokens=self.max_tokens,
+            )
+            for i, answer in zip(silent, answers, strict=True):
+                lines[i] = self._line(answer)
+            silent = [i for i in silent if not lines[i]]
+            self.counts["blank"] += len(silent)
+            if not silent:
+                break
+        self.counts["lines"] += len(lines)
+        return [line or "..." for line in lines]
+
+    def _view(self, transcript: Transcript) -> Messages:
+        """Return the dialogue as the partner sees it; the user opens, as chat templates expect."""
+        system = f"{self.domain.partner_prompt(transcript.persona)} {_MANNERS}"
+        if self.may_close:
+            system += f" {_CLOSING}"
+        view = [{"role": "system", "content": system}, {"role": "user", "content": _BEGIN}]
+        for turn in transcript.turns:
+            view.append({"role": "assistant", "content": turn.partner})
+            view.append({"role": "user", "content": turn.agent})
+        return view
+
+    def _line(self, answer: Completion) -> str:
+        """Return what was said, without stage directions of the format; "" if nothing."""
+        text, mark, _ = answer.text.partition(END)
+        text = MARKUP.sub("", text).strip().strip('"').strip()
+        if (not mark and not answer.finished) or len(text) > MAX_PARTNER_LINE:
+            text = _whole_sentences(text[:MAX_PARTNER_LINE])
+        if mark and self.may_close:
+            return Farewell(text or "Goodbye!")
+        return text
+
+
+def _whole_sentences(text: str) -> str:
+    """Return the text up to the end of its last whole sentence, all of it if there is none."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return text[: ends[-1]] if ends else text

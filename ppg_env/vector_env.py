@@ -58,6 +58,7 @@ class PersonaDialogueVectorEnv(
         noise: float = 0.1,
         max_utterance_length: int = 2000,
         unscorable_reward: float = float("nan"),
+        verdict_cache: str | Path | None = None,
         render_mode: str | None = None,
     ) -> None:
         if num_envs < 1:
@@ -73,6 +74,7 @@ class PersonaDialogueVectorEnv(
             noise,
             max_utterance_length,
             unscorable_reward,
+            verdict_cache,
         )
         self.num_envs = num_envs
         self.render_mode = None

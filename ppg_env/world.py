@@ -7,13 +7,15 @@ its batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from .chat import is_chat_spec, open_chat, side_by_side
+from .chat_judge import ChatJudge, transcript_flaw
 from .dialogue import (
     Farewell,
     Message,
@@ -26,9 +28,12 @@ from .dialogue import (
 )
 from .domains import Domain, get_domain
 from .judges import Judge, RuleJudge
-from .partners import Partner, ScriptedPartner
+from .partners import ChatPartner, Partner, ScriptedPartner
 from .personas import check_facts, find_persona, resolve_personas
 from .spaces import DialogueMessages, Utterance
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Dialogue:
@@ -59,13 +64,17 @@ class World:
         domain: a name or a Domain.
         personas: None (bundled training split), a split name, "all", a JSONL path, or Persona
             objects.
-        partner: "scripted" or a Partner.
-        judge: "rules" or a Judge.
+        partner: "scripted", "openai:MODEL@URL", "hf:FOLDER", or a Partner.
+        judge: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER", or a Judge.
         max_turns: agent turns after which a dialogue ends.
         noise: how often the scripted partner is distracted, a probability.
         max_utterance_length: characters an agent's line may have.
         unscorable_reward: reward of a turn that the judge cannot score; NaN leaves it to the
             learner.
+        verdict_cache: SQLite file that keeps the judge's verdicts, for this run and later ones.
+
+    Attributes:
+        nondeterministic: whether partner or judge declare that the same seed may go otherwise.
     """
 
     def __init__(
@@ -78,6 +87,7 @@ class World:
         noise: float = 0.1,
         max_utterance_length: int = 2000,
         unscorable_reward: float = float("nan"),
+        verdict_cache: str | Path | None = None,
     ) -> None:
         if not isinstance(max_turns, (int, np.integer)) or max_turns < 1:
             raise ValueError(f"max_turns is a whole number of at least 1, got {max_turns!r}.")
@@ -85,8 +95,15 @@ class World:
             raise ValueError(f"unscorable_reward is NaN or in [0, 1], got {unscorable_reward}.")
         self.domain = get_domain(domain)
         self.personas = resolve_personas(personas, self.domain)
-        self.partner = self._partner(partner, noise)
-        self.judge = self._judge(judge)
+        self.partner = make_partner(partner, self.domain, noise)
+        self.judge = make_judge(judge, self.domain, verdict_cache)
+        if isinstance(self.judge, RuleJudge):
+            for persona in self.personas:
+                self.judge.check(persona)
+        self._can_fail = not (
+            isinstance(self.partner, ScriptedPartner) and isinstance(self.judge, RuleJudge)
+        )
+        self._side_by_side = _declares(self.partner, "remote") and _declares(self.judge, "remote")
         self.max_turns = int(max_turns)
         self.unscorable_reward = float(unscorable_reward)
         self.action_space = Utterance(max_utterance_length)
@@ -94,19 +111,10 @@ class World:
         self.phase_boundaries = self.domain.phase_boundaries(self.max_turns)
         self._phases = [self.domain.phase_of(t, self.max_turns) for t in range(self.max_turns)]
 
-    def _partner(self, partner: str | Partner, noise: float) -> Partner:
-        if partner == "scripted":
-            return ScriptedPartner(self.domain, noise)
-        if callable(partner):
-            return partner
-        raise ValueError(f"partner is 'scripted' or a callable, got {partner!r}.")
-
-    def _judge(self, judge: str | Judge) -> Judge:
-        if judge == "rules":
-            return RuleJudge(self.domain)
-        if callable(judge):
-            return judge
-        raise ValueError(f"judge is 'rules' or a callable, got {judge!r}.")
+    @property
+    def nondeterministic(self) -> bool:
+        """Return whether partner or judge declare that the same seed may go otherwise."""
+        return any(_declares(part, "nondeterministic") for part in (self.partner, self.judge))
 
     def begin(
         self,
@@ -187,17 +195,37 @@ class World:
             dialogue.transcript.reply(utterance)
             for dialogue, utterance in zip(dialogues, utterances, strict=True)
         ]
-        verdicts = self.judge(replied)
-        going_on = [i for i, t in enumerate(replied) if len(t.turns) < self.max_turns]
-        lines = self._partner_lines(
-            [replied[i] for i in going_on], [dialogues[i].rng for i in going_on]
-        )
+        verdicts, going_on, lines = self._hear(replied, [d.rng for d in dialogues])
         for dialogue, transcript in zip(dialogues, replied, strict=True):
             dialogue.transcript, dialogue.over = transcript, True
         for i, line in zip(going_on, lines, strict=True):
             dialogues[i].transcript = replied[i].with_partner_line(line)
             dialogues[i].over = isinstance(line, Farewell)
         return verdicts
+
+    def _hear(
+        self, replied: Sequence[Transcript], rngs: Sequence[np.random.Generator]
+    ) -> tuple[list[Verdict], list[int], list[str]]:
+        """Return the verdicts, which dialogues go on, and what the partner says in these.
+
+        A judge and a partner that both wait for servers are asked side by side. If one of them
+        fails, all generators are as they were before.
+        """
+        going_on = [i for i, t in enumerate(replied) if len(t.turns) < self.max_turns]
+        open_ones, their_rngs = [replied[i] for i in going_on], [rngs[i] for i in going_on]
+        states = [rng.bit_generator.state for rng in their_rngs] if self._can_fail else []
+        try:
+            if not self._side_by_side:
+                verdicts = self.judge(replied)
+                return verdicts, going_on, self._partner_lines(open_ones, their_rngs)
+            verdicts, lines = _both(
+                lambda: self.judge(replied), lambda: self._partner_lines(open_ones, their_rngs)
+            )
+            return verdicts, going_on, lines
+        except BaseException:
+            for rng, state in zip(their_rngs, states, strict=True):
+                rng.bit_generator.state = state
+            raise
 
     def _partner_lines(
         self, transcripts: Sequence[Transcript], rngs: Sequence[np.random.Generator]
@@ -268,6 +296,74 @@ class World:
         rng = np.random.default_rng(0)
         rng.bit_generator.state = snapshot.rng_state
         return Dialogue(snapshot.transcript, rng, snapshot.seed, snapshot.over)
+
+
+def make_partner(partner: str | Partner, domain: Domain, noise: float = 0.1) -> Partner:
+    """Return the partner that `partner` names, or `partner` itself if it is one already.
+
+    Args:
+        partner: "scripted", "openai:MODEL@URL", "hf:FOLDER", or a Partner.
+        domain: what is spoken about.
+        noise: of the scripted partner.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if partner == "scripted":
+        return ScriptedPartner(domain, noise)
+    if is_chat_spec(partner):
+        return ChatPartner(open_chat(str(partner)), domain)
+    if callable(partner):
+        return partner
+    raise ValueError(
+        f"partner is 'scripted', 'openai:MODEL@URL', 'hf:FOLDER' or a callable, got {partner!r}."
+    )
+
+
+def make_judge(
+    judge: str | Judge, domain: Domain, verdict_cache: str | Path | None = None
+) -> Judge:
+    """Return the judge that `judge` names, or `judge` itself if it is one already.
+
+    Args:
+        judge: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER", or a Judge.
+        domain: what is judged.
+        verdict_cache: SQLite file that keeps the verdicts; None = none.
+
+    Raises:
+        ValueError: for anything else, or a judge without `cache_key` where there is a cache.
+    """
+    made: Judge
+    if judge == "rules":
+        made = RuleJudge(domain)
+    elif is_chat_spec(judge):
+        made = ChatJudge(open_chat(str(judge)), domain)
+    elif isinstance(judge, str) and judge.startswith("nli:"):
+        from .nli_judge import NLIJudge
+
+        made = NLIJudge(judge.removeprefix("nli:"), flaw=transcript_flaw)
+    elif callable(judge):
+        made = judge
+    else:
+        raise ValueError(
+            "judge is 'rules', 'openai:MODEL@URL', 'hf:FOLDER', 'nli:FOLDER' or a callable, got "
+            f"{judge!r}."
+        )
+    if verdict_cache is None:
+        return made
+    from .verdict_cache import CachedJudge
+
+    return CachedJudge(made, verdict_cache)
+
+
+def _declares(part: object, name: str) -> bool:
+    return bool(getattr(part, name, False))
+
+
+def _both(first: Callable[[], T], second: Callable[[], R]) -> tuple[T, R]:
+    """Return (first(), second()), called side by side."""
+    results = side_by_side(lambda call: call(), [first, second], 2)
+    return results[0], results[1]  # type: ignore[return-value]
 
 
 def draw_dialogue_seed(np_random: np.random.Generator) -> int:

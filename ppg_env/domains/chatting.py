@@ -423,4 +423,15 @@ CHATTING = ChattingDomain(
     ),
     follow_rate=1.0,
     value_name="openness",
+    partner_brief=(
+        "You are a stranger who gets to know somebody in a chat. You know nothing about the other "
+        "but what they say. Be curious and friendly: follow up on what they tell, ask about their "
+        "life, work, home and tastes, and now and then take something about them for granted that "
+        "they never said, as people do."
+    ),
+    judge_brief=(
+        "The person is one of two strangers who chat. Everyday talk about the person that the "
+        "background leaves open is consistent; a job, home, family, taste or past that the "
+        "background rules out contradicts it, also where the other stranger suggested it."
+    ),
 )

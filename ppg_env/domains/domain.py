@@ -130,6 +130,9 @@ class Domain:
         marks: further named phrases for the lexicon.
         tempt_rate, follow_rate: how often the scripted partner tempts and follows up.
         value_name: name of the domain's own reward part.
+        partner_brief: what a language model that plays the partner is told about its part.
+        partner_knows: attributes whose values the partner may be told; all else is a secret.
+        judge_brief: what a language model that judges lines is told to mind in this setting.
     """
 
     name: str
@@ -147,6 +150,9 @@ class Domain:
     tempt_rate: float = 0.35
     follow_rate: float = 0.3
     value_name: str = "responsiveness"
+    partner_brief: str = ""
+    partner_knows: Sequence[str] = ()
+    judge_brief: str = ""
 
     @cached_property
     def by_name(self) -> Mapping[str, Attribute]:
@@ -193,6 +199,17 @@ class Domain:
     def system_prompt(self, persona: Persona) -> str:
         """Return the system message: who the agent is."""
         return f"{self.setting} {persona.text}"
+
+    def partner_prompt(self, persona: Persona) -> str:
+        """Return the system message of a language model that plays the partner; no secrets."""
+        told = [
+            self.partner_brief or f"You are a {self.partner_role}, talking to a {self.agent_role}."
+        ]
+        for name in self.partner_knows:
+            if name in persona.facts:
+                spoken = self.by_name[name].values[persona.facts[name]][0]
+                told.append(f"The {self.agent_role}'s {name} is: {spoken}.")
+        return " ".join(told)
 
     def persona_text(self, facts: Mapping[str, str], traits: Mapping[str, str], name: str) -> str:
         """Return the persona in sentences, second person."""

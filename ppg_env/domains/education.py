@@ -440,4 +440,15 @@ EDUCATION = EducationDomain(
     tempt_rate=0.35,
     follow_rate=0.3,
     value_name="learning",
+    partner_brief=(
+        "You are a teacher in a lesson with one student. Explain one small step at a time, ask "
+        "what the student has understood and how the student would like to learn it, and adapt to "
+        "the answers. Now and then take something about the student for granted, as teachers do."
+    ),
+    partner_knows=("topic", "grade"),
+    judge_brief=(
+        "The person is a student in a lesson. Mind the grade, what the student can know at it, and "
+        "the preferred way of learning: asking for another way, or knowing far more or less than "
+        "the background allows, contradicts it. Being confused, or getting better, does not."
+    ),
 )

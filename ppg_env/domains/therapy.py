@@ -321,4 +321,15 @@ THERAPY = TherapyDomain(
     tempt_rate=0.35,
     follow_rate=0.3,
     value_name="disclosure",
+    partner_brief=(
+        "You are a therapist in a session with a patient. Listen, reflect what you hear in a few "
+        "words, and ask one open question at a time; go from daily life to feelings and only then "
+        "to causes. Never diagnose, never lecture. Now and then you misremember or assume "
+        "something about the patient, and are glad to be corrected."
+    ),
+    judge_brief=(
+        "The person is a patient in therapy. Mind the life, symptoms, feelings and causes that the "
+        "background tells, and how open or guarded the person is: a patient who hides things at "
+        "first is consistent with a guarded background; another job, symptom or history is not."
+    ),
 )
