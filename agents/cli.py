@@ -1,4 +1,4 @@
-"""The command line: ppg demo | train | evaluate | play | limits.
+"""The command line: ppg demo | train | evaluate | play | limits | rejudge | calibrate.
 
 Every flag is a field of a config dataclass.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -26,7 +28,12 @@ from .credit import parse_credit
 from .ppg import DivergedError
 from .train import TrainConfig, train
 
-_BREAKDOWNS = (DivergedError, torch.OutOfMemoryError)
+_BREAKDOWNS = (
+    DivergedError,
+    torch.OutOfMemoryError,
+    ppg_env.ChatError,
+    ppg_env.UnparsableJudgeError,
+)
 console = Console() if sys.stdout.isatty() else Console(width=170)
 
 
@@ -48,8 +55,46 @@ class EvaluateConfig:
     """Agent turns in a dialogue."""
     noise: float = 0.1
     """How often the scripted partner is distracted, a probability."""
+    partner: str = "scripted"
+    """Who speaks with the agent: "scripted", "openai:MODEL@URL", "hf:FOLDER"."""
+    judge: str = "rules"
+    """Who scores: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
+    verdict_cache: str | None = None
+    """SQLite file that keeps the judge's verdicts, for this run and later ones."""
     seed: int = 10_000
     """Seeds dialogues and sampling."""
+
+
+@dataclass(frozen=True)
+class RejudgeConfig:
+    """Which stored dialogues are scored again, by whom."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder, or a folder of runs."""
+    judge: str
+    """Who scores now: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
+    personas: str | None = None
+    """Persona file of the dialogues; None = the run's own, or the bundled ones."""
+    dialogues: int | None = None
+    """Only so many dialogues of each run; None = all."""
+    verdict_cache: str | None = None
+    """SQLite file that keeps the judge's verdicts."""
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """Which two judges are compared, on which stored dialogues."""
+
+    run: tyro.conf.Positional[str]
+    """Run folder, or a folder of runs."""
+    judges: tuple[str, str]
+    """Two judges, as in `ppg rejudge`; "stored" = the verdicts that the run already holds."""
+    personas: str | None = None
+    """Persona file of the dialogues; None = the run's own, or the bundled ones."""
+    dialogues: int | None = None
+    """Only so many dialogues of each run; None = all."""
+    verdict_cache: str | None = None
+    """SQLite file that keeps the judges' verdicts."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +105,10 @@ class PlayConfig:
     """Domain of PersonaDialogue-v0."""
     persona: str | None = None
     """Persona id to play; None draws one."""
+    partner: str = "scripted"
+    """Who speaks with you: "scripted", "openai:MODEL@URL", "hf:FOLDER"."""
+    judge: str = "rules"
+    """Who scores: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
     max_turns: int = 8
     """Your turns in the dialogue."""
     seed: int | None = None
@@ -150,6 +199,9 @@ def evaluate_agent(c: EvaluateConfig) -> None:
         personas=c.personas,
         max_turns=c.max_turns,
         noise=c.noise,
+        partner=c.partner,
+        judge=c.judge,
+        verdict_cache=c.verdict_cache,
     )
     found = evaluate_policy(
         envs,
@@ -175,7 +227,14 @@ def play(c: PlayConfig) -> None:
     """Let a person play the persona in the terminal and show the verdict of every line."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # the environment refuses what is no text
-    env = gym.make("PersonaDialogue-v0", domain=c.domain, personas="all", max_turns=c.max_turns)
+    env = gym.make(
+        "PersonaDialogue-v0",
+        domain=c.domain,
+        personas="all",
+        partner=c.partner,
+        judge=c.judge,
+        max_turns=c.max_turns,
+    )
     options: dict[str, Any] = {} if c.persona is None else {"persona": c.persona}
     observation, _ = env.reset(seed=c.seed, options=options)
     world = env.unwrapped.world  # type: ignore[attr-defined]
@@ -230,6 +289,111 @@ def limits(c: LimitsConfig) -> None:
     console.print(table)
 
 
+def rejudge(c: RejudgeConfig) -> None:
+    """Score stored dialogues with another judge; write them beside the old ones, show the means."""
+    from ppg_env.rejudge import rescored
+
+    from .runs import TRANSCRIPTS, dialogue_folders, read_records, write_rejudged
+
+    table = Table(title=f"Scored again by {c.judge}")
+    names = ("run", "dialogues", "reward before", "reward now", "unscorable", "degenerate", "read")
+    for name in names:
+        table.add_column(name)
+    for folder in dialogue_folders(c.run):
+        scored = _rejudged(folder, c.judge, c)
+        file = write_rejudged(folder, c.judge, (rescored(*pair, c.judge) for pair in scored))
+        rewards = [record["rewards"] for record in read_records(file)]
+        before = [
+            record["rewards"] for record in islice(read_records(folder / TRANSCRIPTS), len(rewards))
+        ]
+        unscorable = [[float(reward is None) for reward in dialogue] for dialogue in rewards]
+        formed, read = (
+            [record["reward_parts"].get(part, []) for record in read_records(file)]
+            for part in ("well_formed", "parsed")
+        )
+        degenerate = [[None if part is None else 1.0 - part for part in parts] for parts in formed]
+        means = map(_turn_mean, (before, rewards, unscorable, degenerate, read))
+        table.add_row(str(folder), str(len(rewards)), *means)
+        console.print(f"wrote {file}", highlight=False)
+    console.print(table)
+
+
+def calibrate(c: CalibrateConfig) -> None:
+    """Show how far two judges agree on stored dialogues: accuracy, kappa and confusion."""
+    from ppg_env.rejudge import LABELS, agreement, label
+
+    from .runs import dialogue_folders, read_transcripts
+
+    lines: dict[str, list[tuple[str, str, str]]] = {}
+    for folder in dialogue_folders(c.run):
+        columns: list[list[str]] = []
+        for judge in c.judges:
+            if judge == "stored":
+                stored = islice(read_transcripts(folder), c.dialogues)
+                parts = [record["reward_parts"]["prompt_to_line"] for record in stored]
+            else:
+                parts = [
+                    [verdict.parts.get("prompt_to_line") for verdict in verdicts]
+                    for _, verdicts in _rejudged(folder, judge, c)
+                ]
+            columns.append([label(part) for dialogue in parts for part in dialogue])
+        speakers = islice(read_transcripts(folder), c.dialogues)
+        columns.append([record["persona"] for record in speakers for _ in record["rewards"]])
+        lines.setdefault(_domain_of(folder), []).extend(zip(*columns, strict=True))
+
+    first, second = c.judges
+    table = Table(title=f"Agreement of {first} (rows) and {second} (columns)")
+    for name in ("domain", "lines", "both scored", "accuracy [95 %]", "kappa [95 %]"):
+        table.add_column(name)
+    confusions = {}
+    for domain, labelled in lines.items():
+        one, other, people = zip(*labelled, strict=True)
+        found = agreement(one, other, people)
+        confusions[domain] = found.confusion
+        counts = (str(found.num_lines), str(found.num_scored))
+        table.add_row(domain, *counts, str(found.accuracy), str(found.kappa))
+    console.print(table)
+    for domain, confusion in confusions.items():
+        table = Table(title=f"{domain}: lines by label")
+        for name in (first, *LABELS):
+            table.add_column(name)
+        for name, row in zip(LABELS, confusion, strict=True):
+            table.add_row(name, *map(str, row))
+        console.print(table)
+
+
+def _rejudged(
+    folder: Path, judge: str, c: RejudgeConfig | CalibrateConfig
+) -> Iterator[tuple[Mapping[str, Any], list[ppg_env.Verdict]]]:
+    """Yield the folder's dialogues with the verdicts of `judge`."""
+    from ppg_env.rejudge import rejudge as score_again
+    from ppg_env.world import make_judge
+
+    from .runs import read_settings, read_transcripts
+
+    domain = ppg_env.get_domain(_domain_of(folder))
+    personas = list(ppg_env.bundled_personas(domain))
+    own = c.personas or read_settings(folder).get("personas", "")
+    if Path(str(own)).suffix and Path(str(own)).exists():
+        personas += ppg_env.load_personas(str(own), domain)
+    records = islice(read_transcripts(folder), c.dialogues)
+    yield from score_again(records, make_judge(judge, domain, c.verdict_cache), domain, personas)
+
+
+def _domain_of(folder: Path) -> str:
+    """Return the domain of a run's dialogues."""
+    from .runs import read_settings, read_transcripts
+
+    record = next(read_transcripts(folder), {})
+    return record.get("domain") or read_settings(folder).get("domain") or "chatting"
+
+
+def _turn_mean(dialogues: Sequence[Sequence[float | None]]) -> str:
+    """Return the mean over all turns that have a value, "-" if none has one."""
+    known = [value for values in dialogues for value in values if value is not None]
+    return f"{sum(known) / len(known):.3f}" if known else "-"
+
+
 def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -251,6 +415,8 @@ def main() -> None:
             "evaluate": EvaluateConfig,
             "play": PlayConfig,
             "limits": LimitsConfig,
+            "rejudge": RejudgeConfig,
+            "calibrate": CalibrateConfig,
         },
         prog="ppg",
         description="Partial policy gradients for persona dialogues.",
@@ -261,6 +427,8 @@ def main() -> None:
         EvaluateConfig: evaluate_agent,
         PlayConfig: play,
         LimitsConfig: limits,
+        RejudgeConfig: rejudge,
+        CalibrateConfig: calibrate,
     }
     try:
         commands[type(config)](config)

@@ -121,7 +121,7 @@ def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
         episodes_per_persona=c.eval_episodes,
         seed=10_000 + c.seed,
     )
-    folder.write_transcripts(found.transcripts, found.transcript_rewards)
+    folder.write_transcripts(found.records)
     result = _result(cell, found, seconds, num_timesteps, folder.metrics())
     folder.finish(result)
     return result

@@ -51,6 +51,7 @@ class Evaluation:
         reward_T: mean reward of each turn.
         part_T: mean of each part of the reward at each turn, NaN where nothing could be checked.
         persona_reward: mean reward per turn of each persona, for paired comparisons.
+        records: the dialogues as JSON objects, see runs.read_transcripts.
         transcripts: what was said, one message list a dialogue.
         transcript_rewards: the rewards of each of them, one list a dialogue.
         num_tokens, seconds: sampled tokens (0 without) and wall-clock time of the rollouts.
@@ -60,6 +61,7 @@ class Evaluation:
     reward_T: np.ndarray
     part_T: Mapping[str, np.ndarray]
     persona_reward: Mapping[str, float]
+    records: Sequence[dict[str, Any]]
     transcripts: Sequence[Messages]
     transcript_rewards: Sequence[Sequence[float]]
     num_tokens: int
@@ -143,6 +145,7 @@ def _summary(
         reward_T=_row_means(reward_ET.T),
         part_T={name: _row_means(part_ET.T) for name, part_ET in parts.items()},
         persona_reward=dict(zip(names.tolist(), means["reward"].tolist(), strict=True)),
+        records=[record for b, number in batches for record in b.records()[:number]],
         transcripts=[b.transcripts[row] for b, row in kept],
         transcript_rewards=[b.reward_BT[row][b.alive_BT[row]].tolist() for b, row in kept],
         num_tokens=sum(b.num_tokens for b, _ in batches),

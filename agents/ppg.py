@@ -125,6 +125,7 @@ class PPGAgent(Resumable):
         num_updates: batches of dialogues learned from so far.
         log: latest measurements, keys as in Stable-Baselines3 (docs/metrics.md).
         history: all of them, one dict an update.
+        batch: the dialogues of the latest update, those of all processes, without tokens.
     """
 
     def __init__(
@@ -199,6 +200,7 @@ class PPGAgent(Resumable):
         self.num_timesteps = self.num_updates = 0
         self.log: dict[str, float] = {}
         self.history: list[dict[str, float]] = []
+        self.batch: RolloutBatch | None = None
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -565,7 +567,7 @@ class PPGAgent(Resumable):
             "rollout/turn_rew_mean": _mean(reward_BT),
             "rollout/cut_rate": float(batch.cut_BT[batch.alive_BT].mean()),
             "rollout/overflow_rate": float(batch.overflow_B.mean()),
-            "judge/unscorable_rate": float(np.isnan(batch.reward_BT[batch.alive_BT]).mean()),
+            "judge/unscorable_rate": batch.unscorable_rate,
             **measured,
             "time/rollout_seconds": batch.seconds,
             "time/tokens_per_second": batch.num_tokens / seconds,
@@ -573,6 +575,9 @@ class PPGAgent(Resumable):
         if "well_formed" in batch.part_BT:
             formed_BT = batch.part_BT["well_formed"][batch.alive_BT]
             self.log["judge/degenerate_rate"] = 1.0 - _mean(formed_BT)
+        if "parsed" in batch.part_BT:
+            self.log["judge/parse_rate"] = _mean(batch.part_BT["parsed"][batch.alive_BT])
+        self.batch = batch.without_tape()
         self.history.append(self.log)
 
     # -- acting ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The only file that knows matplotlib.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,9 @@ def before_after(results: Results, c: CompareConfig, dialogues: int = 2) -> str:
         trained = [pair for pair in here if pair[0].method != UNTRAINED]
         best = max(trained, key=lambda pair: pair[1]["metrics"]["reward"]["mean"], default=None)
         shown = [cell for cell, _ in here if cell.method == UNTRAINED] + ([best[0]] if best else [])
-        records = {cell: read_transcripts(cell.folder(c))[:dialogues] for cell in shown}
+        records = {
+            cell: list(islice(read_transcripts(cell.folder(c)), dialogues)) for cell in shown
+        }
         for number in range(min(map(len, records.values()), default=0)):
             for cell in shown:
                 record = records[cell][number]
@@ -174,12 +177,14 @@ def before_after(results: Results, c: CompareConfig, dialogues: int = 2) -> str:
     return "\n".join(parts)
 
 
-def _dialogue(messages: Sequence[Mapping[str, str]], rewards: Sequence[float]) -> str:
+def _dialogue(messages: Sequence[Mapping[str, str]], rewards: Sequence[float | None]) -> str:
     lines, turn = [], 0
     for message in messages:
         text = message["content"].replace("\n", " ")
         if message["role"] == "assistant":
-            lines.append(f"- **agent** ({rewards[turn]:.2f}): {text}")
+            reward = rewards[turn]
+            shown = "unscorable" if reward is None else f"{reward:.2f}"
+            lines.append(f"- **agent** ({shown}): {text}")
             turn += 1
         else:
             speaker = {"system": "persona", "user": "partner"}[message["role"]]

@@ -57,15 +57,52 @@ class RolloutBatch:
     """Tokens that the agent sampled; 0 where the policy has no tokens or they were not kept."""
     tape: Tape | None = None
     """The dialogues in tokens; None where the policy has none."""
+    unscorable_BT: np.ndarray | None = None
+    """Whether the judge could not score the turn, bool, also where a fixed reward stands in for it;
+    None = where the reward is NaN."""
+    personas: tuple[str, ...] = ()
+    """Persona id of each dialogue; "" where the environment tells none."""
+    domains: tuple[str, ...] = ()
+    """Domain of each dialogue; "" where the environment tells none."""
+    reasons: tuple[tuple[str, ...], ...] = ()
+    """The judge's reason for each turn that took place, a dialogue at a time; "" = none."""
 
     @property
     def num_turns(self) -> int:
         """Agent turns in the batch: timesteps."""
         return int(self.alive_BT.sum())
 
+    @property
+    def unscorable_rate(self) -> float:
+        """Share of turns that the judge could not score."""
+        marked_BT = self.unscorable_BT
+        unscorable_BT = np.isnan(self.reward_BT) if marked_BT is None else marked_BT
+        return float(unscorable_BT[self.alive_BT].mean())
+
     def without_tape(self) -> RolloutBatch:
         """Return the batch without its tokens."""
         return replace(self, tape=None)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the dialogues as JSON objects, see runs.py; what is NaN here is None there."""
+        return [self._record(b) for b in range(len(self.group_B))]
+
+    def _record(self, b: int) -> dict[str, Any]:
+        def spoken(value_T: np.ndarray) -> list[float | None]:
+            return [None if np.isnan(v) else float(v) for v in value_T[self.alive_BT[b]]]
+
+        record: dict[str, Any] = {}
+        if self.domains:
+            record["domain"] = self.domains[b]
+        if self.personas:
+            record["persona"] = self.personas[b]
+        record["group"] = int(self.group_B[b])
+        record["messages"] = self.transcripts[b]
+        record["rewards"] = spoken(self.reward_BT[b])
+        record["reward_parts"] = {name: spoken(p_BT[b]) for name, p_BT in self.part_BT.items()}
+        if self.reasons:
+            record["reasons"] = list(self.reasons[b])
+        return record
 
 
 def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
@@ -102,6 +139,16 @@ def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         boundaries=batches[0].boundaries,
         seconds=max(b.seconds for b in batches),
         num_tokens=sum(b.num_tokens for b in batches),
+        unscorable_BT=joined(
+            [
+                np.isnan(b.reward_BT) if b.unscorable_BT is None else b.unscorable_BT
+                for b in batches
+            ],
+            False,
+        ),
+        personas=tuple(persona for b in batches for persona in b.personas),
+        domains=tuple(domain for b in batches for domain in b.domains),
+        reasons=tuple(reasons for b in batches for reasons in b.reasons),
     )
 
 
@@ -185,7 +232,9 @@ def collect_rollouts(
     group_B = _groups(infos, first_slot, size)
     alive_B = np.ones(size, dtype=bool)
     truncated_B = np.zeros(size, dtype=bool)
-    rewards, alives, parts = [], [], []
+    personas, domains = _texts(infos, "persona", size), _texts(infos, "domain", size)
+    rewards, alives, parts, unscorables = [], [], [], []
+    reasons: list[list[str]] = [[] for _ in range(size)]
 
     while True:
         texts = speaker.reply(transcripts, alive_B, deterministic)
@@ -200,7 +249,10 @@ def collect_rollouts(
         rewards.append(np.where(alive_B, reward_B, 0.0))
         alives.append(alive_B.copy())
         parts.append(_turn_parts(infos, alive_B))
+        unscorables.append(alive_B & _marked(infos, "unscorable", np.isnan(rewards[-1])))
+        why = _texts(infos, "reason", size)
         for slot in np.flatnonzero(alive_B):
+            reasons[slot].append(why[slot])
             transcripts[slot] = _last_observation(observations, infos, int(slot))
         truncated_B |= alive_B & cut_off_B
         done_B = terminated_B | cut_off_B
@@ -224,6 +276,10 @@ def collect_rollouts(
         seconds=time.perf_counter() - start,
         num_tokens=0 if tape is None else tape.num_sampled,
         tape=tape,
+        unscorable_BT=_stack(unscorables, size, bool),
+        personas=tuple(personas),
+        domains=tuple(domains),
+        reasons=tuple(map(tuple, reasons)),
     )
 
 
@@ -249,6 +305,28 @@ def _groups(infos: Mapping[str, Any], first_slot: int, size: int) -> np.ndarray:
     if "group_id" not in infos:
         return np.arange(first_slot, first_slot + size)
     return np.asarray(infos["group_id"], dtype=np.int64).copy()
+
+
+def _texts(infos: Mapping[str, Any], key: str, size: int) -> list[str]:
+    """Return a text of each slot's info, "" where there is none; of the turn just spoken."""
+    found = [infos.get("final_info", {}).get(key), infos.get(key)]
+    texts = [""] * size
+    for slot in range(size):
+        given = [values[slot] for values in found if values is not None and values[slot]]
+        texts[slot] = str(given[0]) if given else ""
+    return texts
+
+
+def _marked(infos: Mapping[str, Any], key: str, otherwise_B: np.ndarray) -> np.ndarray:
+    """Return a flag of each slot's info, bool (B,)."""
+    if key not in infos:
+        return otherwise_B
+    marked_B = np.asarray(infos[key], dtype=bool)
+    final = infos.get("final_info", {})
+    if key in final:
+        over_B = np.asarray(infos["_final_info"], dtype=bool)
+        marked_B = np.where(over_B, np.asarray(final[key], dtype=bool), marked_B)
+    return marked_B
 
 
 def _turn_parts(infos: Mapping[str, Any], alive_B: np.ndarray) -> dict[str, np.ndarray]:

@@ -4,7 +4,8 @@ RUN/manifest.json        what was run: settings, hashes of data, git commit, ver
 RUN/metrics.jsonl        one line an update (keys as in Stable-Baselines3)
 RUN/checkpoints/         from which a stopped run goes on (checkpoint.py)
 RUN/result.json          written last; its presence means that the run is complete
-RUN/transcripts.jsonl    dialogues with the reward of every turn
+RUN/transcripts.jsonl    dialogues with the reward of every turn, see read_transcripts
+RUN/rejudged/            the same dialogues with the rewards of other judges (ppg rejudge)
 RUN/agent/               the trained agent (transformers folder, safetensors)
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +26,12 @@ from safetensors import SafetensorError
 
 from .provenance import provenance
 
-MANIFEST, METRICS, RESULT, TRANSCRIPTS, AGENT = (
+MANIFEST, METRICS, RESULT, TRANSCRIPTS, REJUDGED, AGENT = (
     "manifest.json",
     "metrics.jsonl",
     "result.json",
     "transcripts.jsonl",
+    "rejudged",
     "agent",
 )
 
@@ -99,15 +102,28 @@ class RunFolder:
         """Return the metrics written so far; an unfinished last line is left out."""
         return read_metrics(self.path)
 
-    def write_transcripts(
-        self, transcripts: Sequence[Any], rewards: Sequence[Sequence[float]]
-    ) -> None:
-        """Write dialogues, each with its rewards."""
-        rows = [
-            {"messages": messages, "rewards": list(reward)}
-            for messages, reward in zip(transcripts, rewards, strict=True)
-        ]
-        self._write_text(TRANSCRIPTS, (json.dumps(row, ensure_ascii=False) for row in rows))
+    def write_transcripts(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write dialogues, as `RolloutBatch.records` gives them, in place of what is there."""
+        self._write_text(TRANSCRIPTS, map(_one_line, records))
+
+    def add_transcripts(self, records: Iterable[Mapping[str, Any]], update: int) -> None:
+        """Append the dialogues of one update."""
+        path = self.path / TRANSCRIPTS
+        with _failure_explained(path), path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{_one_line({'update': update, **record})}\n" for record in records)
+
+    def keep_transcripts(self, updates: int) -> None:
+        """Keep the dialogues of the first `updates` updates only."""
+        path, draft = self.path / TRANSCRIPTS, self.path / f"{TRANSCRIPTS}.part"
+        if not path.exists():
+            return
+        with _failure_explained(path):
+            with path.open("rb") as old, draft.open("wb") as new:
+                for line in old:
+                    if not line.endswith(b"\n") or json.loads(line).get("update", 0) > updates:
+                        break
+                    new.write(line)
+            draft.replace(path)
 
     def write_agent(self, save: Callable[[Path], None]) -> None:
         """Let `save` write the trained agent into the folder, in whole or not at all.
@@ -197,11 +213,86 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def read_transcripts(path: str | Path) -> list[dict[str, Any]]:
-    """Return the dialogues in a run folder: {"messages": [...], "rewards": [...]} each."""
-    text = (Path(path) / TRANSCRIPTS).read_text(encoding="utf-8")
+def read_transcripts(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the dialogues in a run folder, one JSON object each.
+
+        domain, persona   name and id, where the environment told them
+        group             dialogues with equal ids had the same persona, opening and partner seed
+        update            number of the update in which it was played, from 1; only of training
+        messages          chat messages as the agent saw them
+        rewards           one a turn; null where the judge could not score it
+        reward_parts      components by name, one a turn; null where one does not apply
+        reasons           the judge's, one a turn
+
+    Raises:
+        FileNotFoundError: the folder holds no dialogues.
+        ValueError: names a line that is not JSON.
+    """
+    file = Path(path) / TRANSCRIPTS
+    if not file.exists():
+        raise FileNotFoundError(f"{path} holds no dialogues ({TRANSCRIPTS}).")
+    yield from read_records(file)
+
+
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a file, one a line.
+
+    Raises:
+        ValueError: names a line that is not JSON; an unfinished last line is left out.
+    """
     # Not splitlines: lines of a dialogue may hold other line separators, such as U+2028.
-    return [json.loads(line) for line in text.split("\n") if line]
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}: not JSON ({error}).") from error
+
+
+def dialogue_folders(path: str | Path) -> list[Path]:
+    """Return the run folders with dialogues at `path`: itself, or all below it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(file.parent for file in Path(path).rglob(TRANSCRIPTS))
+    if not found:
+        raise FileNotFoundError(
+            f"There are no dialogues ({TRANSCRIPTS}) in {path}; name a run folder, such as "
+            "runs/demo or one of `ppg train`."
+        )
+    return [Path(path)] if Path(path) in found else found
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Return the settings of a run folder, {} if it has no manifest."""
+    file = Path(path) / MANIFEST
+    if not file.exists():
+        return {}
+    return dict(json.loads(file.read_text(encoding="utf-8")).get("settings", {}))
+
+
+def write_rejudged(path: str | Path, judge: str, records: Iterable[Mapping[str, Any]]) -> Path:
+    """Write dialogues with another judge's rewards to RUN/rejudged/JUDGE.jsonl, in whole or not.
+
+    Returns:
+        The file.
+    """
+    folder = Path(path) / REJUDGED
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{re.sub(r'[^A-Za-z0-9.]+', '-', judge).strip('-.')}.jsonl"
+    draft = file.with_suffix(".part")
+    with _failure_explained(file):
+        with draft.open("w", encoding="utf-8") as lines:
+            lines.writelines(f"{_one_line(record)}\n" for record in records)
+        draft.replace(file)
+    return file
+
+
+def _one_line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
 def _first_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

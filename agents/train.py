@@ -87,6 +87,16 @@ class TrainConfig:
     """Agent turns in a dialogue."""
     noise: float = 0.1
     """How often the scripted partner is distracted, a probability."""
+    partner: str = "scripted"
+    """Who speaks with the agent: "scripted", "openai:MODEL@URL", "hf:FOLDER"."""
+    judge: str = "rules"
+    """Who scores: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
+    unscorable_reward: float | None = None
+    """Reward of a turn that the judge cannot score; None leaves it out of the gradient."""
+    verdict_cache: str | None = None
+    """SQLite file that keeps the judge's verdicts, for this run and later ones."""
+    keep_transcripts: bool = True
+    """Write every dialogue to the run folder, about 2 KB each."""
     checkpoint_every: int = 10
     """Updates between two checkpoints, the last two of which are kept; 0 = none."""
     tracker: str | None = None
@@ -123,6 +133,7 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         FileExistsError: the run folder holds another run, or this one is finished.
         CheckpointError: its newest checkpoint is damaged or foreign.
         DivergedError: learning broke down; the batch is in the run folder.
+        ChatError, UnparsableJudgeError: an endpoint failed for good, or its judge is of no use.
         MemoryError, OSError: no memory, no disk space; checkpoints written so far are untouched.
     """
     _refuse_missing_tracker(c.tracker)
@@ -142,12 +153,15 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     goes_on = agent.restore(checkpoints)
     if folder is not None:
         folder.keep_metrics(agent.history)
+        folder.keep_transcripts(agent.num_updates)
 
     with _tracker(c) as log:
 
         def after_update(learner: PPGAgent) -> None:
             if folder is not None:
                 folder.log(learner.log)
+                if c.keep_transcripts and learner.batch is not None:
+                    folder.add_transcripts(learner.batch.records(), learner.num_updates)
             log(learner.log, learner.num_timesteps)
             if c.checkpoint_every and learner.num_updates % c.checkpoint_every == 0:
                 learner.checkpoint(checkpoints, data=data)
@@ -188,6 +202,10 @@ def make_agent(c: TrainConfig) -> PPGAgent:
         personas=c.personas,
         max_turns=c.max_turns,
         noise=c.noise,
+        partner=c.partner,
+        judge=c.judge,
+        unscorable_reward=float("nan") if c.unscorable_reward is None else c.unscorable_reward,
+        verdict_cache=c.verdict_cache,
     )
     policy = load_policy(
         c.model,
@@ -238,7 +256,7 @@ def _settings(c: TrainConfig) -> dict[str, Any]:
     Where it is kept and shown is no part of it, nor what one changes when memory runs out.
     """
     elsewhere = {"run", "tracker", "k", "device", "checkpoint_every"}
-    elsewhere |= {"token_budget", "gradient_checkpointing"}
+    elsewhere |= {"token_budget", "gradient_checkpointing", "verdict_cache", "keep_transcripts"}
     kept = {name: value for name, value in asdict(c).items() if name not in elsewhere}
     return {**kept, "credit": None if c.algorithm == "ppo" else c.credit_name}
 

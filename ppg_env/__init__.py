@@ -10,11 +10,13 @@ Needs numpy and gymnasium only.
 
 from gymnasium.envs.registration import register
 
+from .chat import ChatError, ChatModel, Completion, OpenAIChat, TransformersChat, open_chat
+from .chat_judge import ChatJudge, UnparsableJudgeError
 from .dialogue import Farewell, Messages, Persona, Transcript, Turn, Verdict
 from .domains import DOMAINS, Attribute, Domain, Phase, get_domain
 from .env import PersonaDialogueEnv
 from .judges import Judge, RuleJudge
-from .partners import Partner, ScriptedPartner
+from .partners import ChatPartner, Partner, ScriptedPartner
 from .personas import PersonaFileError, bundled_personas, load_personas
 from .process import ActProcess
 from .vector_env import PersonaDialogueVectorEnv
@@ -33,11 +35,17 @@ __all__ = [
     "DOMAINS",
     "ActProcess",
     "Attribute",
+    "ChatError",
+    "ChatJudge",
+    "ChatModel",
+    "ChatPartner",
+    "Completion",
     "DiscreteReply",
     "Domain",
     "Farewell",
     "Judge",
     "Messages",
+    "OpenAIChat",
     "Partner",
     "Persona",
     "PersonaDialogueEnv",
@@ -47,9 +55,12 @@ __all__ = [
     "RuleJudge",
     "ScriptedPartner",
     "Transcript",
+    "TransformersChat",
     "Turn",
+    "UnparsableJudgeError",
     "Verdict",
     "bundled_personas",
     "get_domain",
     "load_personas",
+    "open_chat",
 ]

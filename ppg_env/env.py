@@ -49,9 +49,9 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
     dialogue. `truncated` is left to wrappers that cut from outside.
 
     ## Information
-    After reset and step: "persona" (id), "turn" (agent turns spoken), "phase" (index of the phase),
-    "group_id" (dialogues with equal ids share persona, opening and partner seed). After step also:
-    "act" and "claims" read from the line, "reward_parts", "reason", "unscorable".
+    After reset and step: "domain", "persona" (id), "turn" (agent turns spoken), "phase" (index of
+    the phase), "group_id" (dialogues with equal ids share persona, opening and partner seed). After
+    step also: "act" and "claims" read from the line, "reward_parts", "reason", "unscorable".
 
     ## Arguments
     See `World`: domain, personas, partner, judge, max_turns, noise, max_utterance_length,

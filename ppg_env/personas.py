@@ -1,10 +1,13 @@
-"""Personas on disk: one JSON object a line, validated when loaded, split by persona.
+"""Personas on disk, validated when loaded, split by persona: JSON Lines, one object a line.
 
     {"id": "chatting-0001", "domain": "chatting", "name": "Mia", "split": "train",
      "facts": {"job": "nurse", ...}, "traits": {}}
 
-`text` may be given instead of (or besides) `facts`; without it the domain words the facts. Bundled
-files hold 400 personas a domain; ppg_env/data/DATASHEET.md tells how they were made.
+`text` may be given instead of (or besides) `facts`; without it the domain words the facts. A record
+with a text may have further fields, which are not kept. Bundled files hold 400 personas a domain;
+ppg_env/data/DATASHEET.md tells how they were made.
+
+A `.json` file is a list of such records, or one of the persona files of Consistent-LLMs.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import difflib
 import json
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
+from .consistent_llms import Entry, find_entries
 from .dialogue import Persona
 from .domains import Domain, get_domain
 from .spaces import Utterance
@@ -26,19 +30,25 @@ _FIELDS = ("id", "domain", "name", "split", "facts", "traits", "text")
 
 
 class PersonaFileError(ValueError):
-    """A persona file has malformed lines.
+    """A persona file has malformed records.
 
     Attributes:
-        problems: one sentence per malformed line, naming line and field.
-        personas: the personas of all other lines, unharmed.
+        problems: one sentence per malformed record, naming its place and the field.
+        personas: the personas of all other records, unharmed.
     """
 
-    def __init__(self, path: Path, problems: Sequence[str], personas: Sequence[Persona]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        problems: Sequence[str],
+        personas: Sequence[Persona],
+        unit: str = "line",
+    ) -> None:
         self.problems, self.personas = tuple(problems), tuple(personas)
         listed = "\n  ".join(problems[:20])
         more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
         super().__init__(
-            f"{path}: {len(problems)} malformed line(s), {len(personas)} good one(s) "
+            f"{path}: {len(problems)} malformed {unit}(s), {len(personas)} good one(s) "
             f"(kept in .personas; load_personas(..., on_error='skip') goes on with them):\n"
             f"  {listed}{more}"
         )
@@ -47,60 +57,113 @@ class PersonaFileError(ValueError):
 def load_personas(
     path: str | Path, domain: str | Domain, on_error: str = "raise"
 ) -> tuple[Persona, ...]:
-    """Return the personas of a JSONL file, in file order.
+    """Return the personas of a file, in file order.
 
     Args:
-        path: the file, UTF-8.
+        path: the file, UTF-8: JSON Lines, or `.json` in one of the forms of `consistent_llms.py`,
+            where ids are made of the file's name and the place in it.
         domain: what facts are validated against.
-        on_error: "raise" reports every malformed line at once; "skip" returns the good ones.
+        on_error: "raise" reports every malformed record at once; "skip" returns the good ones.
 
     Raises:
-        PersonaFileError: names line and field of every malformed line and carries the good
-            personas.
+        PersonaFileError: names place and field of every malformed record and carries the good
+            personas. Two personas with the same text and no facts are one too many, except where
+            a published form repeats texts.
         FileNotFoundError: if there is no such file.
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error is 'raise' or 'skip', got {on_error!r}.")
     path, domain = Path(path), get_domain(domain)
+    content = path.read_bytes().removeprefix(BOM_UTF8)
+    entries = _document_entries(path, content, domain) if path.suffix == ".json" else None
     personas: list[Persona] = []
     problems: list[str] = []
-    seen: set[str] = set()
-    for number, raw in enumerate(path.read_bytes().removeprefix(BOM_UTF8).split(b"\n"), start=1):
-        if not raw.strip():
-            continue
+    ids: set[str] = set()
+    texts: dict[object, str] = {}
+    for entry in _line_entries(content) if entries is None else entries:
         try:
-            persona = parse_persona(json.loads(raw.decode("utf-8")), domain)
-            if persona.id in seen:
+            persona = parse_persona(entry.read(), domain, entry.field)
+            if persona.id in ids:
                 raise ValueError(f"field 'id': {persona.id!r} is used by an earlier line")
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not JSON ({error.msg} at column {error.colno})")
-        except UnicodeDecodeError as error:
-            problems.append(f"line {number}: not UTF-8 (byte {error.start})")
-        except RecursionError:
-            problems.append(f"line {number}: nested too deeply")
-        except ValueError as error:
-            problems.append(f"line {number}: {error}")
+            says = (persona.text, tuple(sorted(persona.traits.items())))
+            if not persona.facts and not entry.may_repeat:
+                if says in texts:
+                    raise ValueError(f"field {entry.field!r}: the same text as {texts[says]!r}")
+                texts[says] = persona.id
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{entry.where}: {_told(error)}")
         else:
-            seen.add(persona.id)
+            ids.add(persona.id)
             personas.append(persona)
     if problems and on_error == "raise":
-        raise PersonaFileError(path, problems, personas)
+        raise PersonaFileError(path, problems, personas, "line" if entries is None else "record")
     if not personas:
         raise ValueError(f"{path} holds no personas.")
     return tuple(personas)
 
 
-def parse_persona(record: object, domain: Domain) -> Persona:
+def _line_entries(content: bytes) -> list[Entry]:
+    return [
+        Entry(f"line {number}", "text", partial(_parse_json, raw))
+        for number, raw in enumerate(content.split(b"\n"), start=1)
+        if raw.strip()
+    ]
+
+
+def _document_entries(path: Path, content: bytes, domain: Domain) -> list[Entry] | None:
+    """Return the records of a file that is one JSON document, None if it holds JSON Lines."""
+    try:
+        document = _parse_json(content)
+        entries = find_entries(document, path.stem, domain.name)
+    except (ValueError, RecursionError) as error:
+        if _is_object(content.lstrip().split(b"\n")[0]):
+            return None
+        raise PersonaFileError(path, [_told(error)], (), "file") from None
+    if entries is not None:
+        return entries
+    records = document if isinstance(document, list) else [document]
+    return [Entry(f"record {i}", "text", partial(_as_is, r)) for i, r in enumerate(records)]
+
+
+def _as_is(record: object) -> object:
+    return record
+
+
+def _parse_json(raw: bytes) -> object:
+    return json.loads(raw.decode("utf-8"))
+
+
+def _is_object(raw: bytes) -> bool:
+    try:
+        return isinstance(_parse_json(raw), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _told(error: Exception) -> str:
+    """Return what is wrong with a record in one sentence."""
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"not JSON ({error.msg} at {line}column {error.colno})"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 (byte {error.start})"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def parse_persona(record: object, domain: Domain, text_field: str = "text") -> Persona:
     """Return the persona of one JSON record.
+
+    Args:
+        record: the parsed record.
+        domain: what facts and traits are validated against.
+        text_field: what the file calls the text, for messages.
 
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    for name in record:
-        if name not in _FIELDS:
-            raise ValueError(f"field {name!r} is unknown; fields are {', '.join(_FIELDS)}")
+    _check_fields(record)
     identifier = record.get("id")
     if not isinstance(identifier, str) or not identifier:
         raise ValueError(f"field 'id': expected a non-empty string, got {identifier!r}")
@@ -120,11 +183,27 @@ def parse_persona(record: object, domain: Domain) -> Persona:
         if not facts:
             raise ValueError("field 'facts': a persona needs facts or a text")
         text = domain.persona_text(facts, traits, str(record.get("name", identifier)))
-    for name, value in (("id", identifier), ("text", text)):
+    for name, value in (("id", identifier), (text_field, text)):
         problem = Utterance(100_000).problem(value)
         if problem is not None:
             raise ValueError(f"field {name!r}: {problem}")
     return Persona(identifier, domain.name, text, facts, traits, split)
+
+
+def _check_fields(record: Mapping[str, object]) -> None:
+    """Check for fields that are unknown, or in a record with a text: that look like misspelt ones.
+
+    Raises:
+        ValueError: names the field and the nearest known one that the record lacks.
+    """
+    lacking = [name for name in _FIELDS if name not in record]
+    for name in record:
+        if name in _FIELDS:
+            continue
+        near = difflib.get_close_matches(name.lower(), lacking, n=1, cutoff=0.75)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        if near or record.get("text") is None:
+            raise ValueError(f"field {name!r} is unknown{hint} (fields are {', '.join(_FIELDS)})")
 
 
 def _choices(field: str, given: object, allowed: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -273,6 +273,7 @@ class PersonaDialogueVectorEnv(
         turns = [len(dialogue.transcript.turns) for dialogue in dialogues]
         infos = spread(
             {
+                "domain": (object, [self.world.domain.name] * len(slots)),
                 "persona": (object, [d.transcript.persona.id for d in dialogues]),
                 "group_id": (int, [d.seed for d in dialogues]),
                 "turn": (int, turns),

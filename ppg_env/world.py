@@ -244,6 +244,7 @@ class World:
         """Return `info` of a reset."""
         turn = len(dialogue.transcript.turns)
         return {
+            "domain": self.domain.name,
             "persona": dialogue.transcript.persona.id,
             "group_id": dialogue.seed,
             "turn": turn,
@@ -254,6 +255,7 @@ class World:
         """Return `info` of a step; its phase is that of the turn just spoken."""
         turn = len(dialogue.transcript.turns)
         return {
+            "domain": self.domain.name,
             "persona": dialogue.transcript.persona.id,
             "group_id": dialogue.seed,
             "turn": turn,

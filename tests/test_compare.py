@@ -87,7 +87,7 @@ def test_a_comparison_gives_all_cells(
     for cell in cells(config):
         folder = cell.folder(config)
         assert as_text(json.loads((folder / "result.json").read_text())) == as_text(results[cell])
-        assert len(read_transcripts(folder)) == len(trained["persona_reward"])
+        assert len(list(read_transcripts(folder))) == len(trained["persona_reward"])
         assert len(read_metrics(folder)) == (0 if cell.method == UNTRAINED else 1)
     learned = PPGAgent.load(cells(config)[1].folder(config) / "agent")
     assert (str(learned.credit), learned.num_updates) == ("kstep:2", 1)

@@ -196,10 +196,10 @@ def test_a_farewell_terminates_the_dialogue():
 def test_info_holds_what_is_documented_and_no_clock(domain):
     env = make(domain)
     _, info = env.reset(seed=0)
-    assert set(info) == {"persona", "group_id", "turn", "phase"}
+    assert set(info) == {"domain", "persona", "group_id", "turn", "phase"}
     _, reward, _, _, info = env.step(honest(env.unwrapped, np.random.default_rng(0)))
     assert set(info) == {
-        *("persona", "group_id", "turn", "phase", "act", "claims", "reason"),
+        *("domain", "persona", "group_id", "turn", "phase", "act", "claims", "reason"),
         *("unscorable", "reward_parts"),
     }
     assert isinstance(reward, float) and 0.0 < reward <= 1.0

@@ -1,15 +1,29 @@
 import copy
 import json
+import os
 import pickle
 from collections import Counter
+from pathlib import Path
 
+import gymnasium as gym
 import pytest
 from speakers import DOMAIN_NAMES
 
-from ppg_env import DOMAINS, Persona, PersonaFileError, bundled_personas, load_personas
+from ppg_env import (
+    DOMAINS,
+    Persona,
+    PersonaFileError,
+    Verdict,
+    bundled_personas,
+    load_personas,
+)
 from ppg_env.data.make import make_personas
 from ppg_env.personas import SPLITS, find_persona, parse_persona, resolve_personas
 
+FOLDER = Path(
+    os.environ.get("CONSISTENT_LLMS")
+    or Path(__file__).parent.parent.parent / "shared/data/consistent_llms"
+)
 GOOD = {
     "id": "own-1",
     "domain": "therapy",
@@ -91,6 +105,36 @@ def test_a_text_of_ones_own_replaces_the_generated_one(tmp_path):
     assert persona.text == "You are Zoë and love 東京."
     assert not persona.facts
     assert persona.split == "train"
+
+
+def test_a_record_with_a_text_may_have_further_fields(tmp_path):
+    more = {"source": "a friend", "age": 40, "context": None, "uid": "7", "tags": ["x"]}
+    record = {"id": "free", "domain": "therapy", "text": "You are Ada.", **more}
+    (persona,) = load_personas(write(tmp_path / "own.jsonl", record), "therapy")
+    assert vars_of(persona) == ("free", "therapy", "You are Ada.", {}, {}, "train")
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [("fact", "facts"), ("Facts", "facts"), ("trait", "traits"), ("spilt", "split")],
+)
+def test_a_further_field_that_looks_misspelt_is_named(tmp_path, field, meant):
+    record = {"id": "free", "text": "You are Ada.", field: {}}
+    with pytest.raises(PersonaFileError, match=f"'{field}' is unknown, did you mean '{meant}'"):
+        load_personas(write(tmp_path / "own.jsonl", record), "therapy")
+
+
+def test_two_personas_with_one_text_are_one_too_many(tmp_path):
+    text = "You are Ada."
+    records = [{"id": name, "text": text} for name in ("a", "b")]
+    path = write(
+        tmp_path / "own.jsonl", *records, {"id": "c", "text": text, "facts": GOOD["facts"]}
+    )
+    with pytest.raises(
+        PersonaFileError, match="line 2: field 'text': the same text as 'a'"
+    ) as caught:
+        load_personas(path, "therapy")
+    assert [persona.id for persona in caught.value.personas] == ["a", "c"]
 
 
 @pytest.mark.parametrize(
@@ -210,3 +254,225 @@ def test_a_persona_cannot_be_changed_and_survives_pickling_and_copying():
         persona.facts["job"] = "pilot"  # type: ignore[index]
     for twin in (pickle.loads(pickle.dumps(persona)), copy.deepcopy(persona)):
         assert vars_of(twin) == vars_of(persona)
+
+
+# ---- files that are one JSON document ------------------------------------------------------------
+
+
+def dump(path, document):
+    path.write_text(json.dumps(document, indent=4), encoding="utf-8")
+    return path
+
+
+def quoted(text):
+    """Return a text as Consistent-LLMs keeps it: in quotes, with literal \\n and \\"."""
+    return json.dumps(text)
+
+
+MIA, BEN = 'Meet "Mia".\nShe bakes.', "Ben, who runs. C:\\new"
+PUBLISHED = {
+    "chatting": [{"persona": quoted(MIA), "name": "Mia"}, {"persona": quoted(BEN), "name": "Ben"}],
+    "education": [
+        ["Rivers", {"grade_level": "college", "description": "I learn by drawing."}],
+        ["Clouds", {"grade_level": "college", "description": "I learn by asking."}],
+    ],
+    "therapy": [
+        {"description": "I cannot sleep.", "strategy": "I joke."},
+        {"description": ' I "worry".', "strategy": None},
+    ],
+}
+TEXTS = {
+    "chatting": [MIA, BEN],
+    "education": ["I learn by drawing.", "I learn by asking."],
+    "therapy": ["I cannot sleep.", ' I "worry".'],
+}
+
+
+@pytest.mark.parametrize("domain", DOMAIN_NAMES)
+def test_published_personas_load_as_they_are(tmp_path, domain):
+    path = dump(tmp_path / "config.json", PUBLISHED[domain])
+    people = load_personas(path, domain)
+    assert [persona.text for persona in people] == TEXTS[domain]
+    assert [persona.id for persona in people] == ["config-0000", "config-0001"]
+    assert all(not p.facts and p.domain == domain and p.split == "train" for p in people)
+    assert [vars_of(p) for p in load_personas(path, domain)] == [vars_of(p) for p in people]
+
+
+def test_numbered_texts_load_in_any_domain(tmp_path):
+    path = dump(
+        tmp_path / "sampled.json", {"persona_7": "I cannot sleep.", "persona_3": '"I run."'}
+    )
+    people = load_personas(path, "therapy")
+    assert [(p.id, p.text) for p in people] == [
+        ("sampled-0000", "I cannot sleep."),
+        ("sampled-0001", '"I run."'),
+    ]
+    assert len(load_personas(path, "chatting")) == 2
+
+
+@pytest.mark.parametrize("domain", DOMAIN_NAMES)
+def test_personas_sorted_by_domain_load_for_one_of_them(tmp_path, domain):
+    texts = {"therapy": ["You are Ada."], "chatting": [quoted(MIA)], "education": ["I learn."]}
+    document = {name: [{"text": t, "source": "x"} for t in ts] for name, ts in texts.items()}
+    (persona,) = load_personas(dump(tmp_path / "all.json", document), domain)
+    assert persona.id == f"all-{domain}-0000"
+    assert persona.text == {"chatting": MIA}.get(domain, texts[domain][0])
+
+
+def test_a_dialogue_file_gives_each_persona_once(tmp_path):
+    spoken = {"conversation": [[0, "Mia: Hi!\n"]], "task_name": "Chatting"}
+    pairs = [(quoted(MIA), quoted(BEN)), (quoted(BEN), quoted(MIA)), (quoted("Ada."), quoted(MIA))]
+    path = dump(tmp_path / "run.json", [{**spoken, "P1": a, "P2": b} for a, b in pairs])
+    assert [(p.id, p.text) for p in load_personas(path, "chatting")] == [
+        ("run-0000-P1", MIA),
+        ("run-0000-P2", BEN),
+        ("run-0002-P1", "Ada."),
+    ]
+
+    lesson = {"conversation": [], "task_name": "Education", "P1": "", "P2": "I learn."}
+    (persona,) = load_personas(dump(tmp_path / "lesson.json", [lesson, lesson]), "education")
+    assert (persona.id, persona.text) == ("lesson-0000-P2", "I learn.")
+
+
+def test_a_list_of_ordinary_records_loads_like_their_lines(tmp_path):
+    records = [GOOD, {"id": "free", "text": "You are Ada.", "persona": "x", "description": "y"}]
+    listed = load_personas(dump(tmp_path / "own.json", records), "therapy")
+    lines = load_personas(write(tmp_path / "own.jsonl", *records), "therapy")
+    assert [vars_of(p) for p in listed] == [vars_of(p) for p in lines]
+    assert [p.id for p in load_personas(write(tmp_path / "l.json", *records), "therapy")] == [
+        "own-1",
+        "free",
+    ]
+    assert [p.id for p in load_personas(dump(tmp_path / "one.json", GOOD), "therapy")] == ["own-1"]
+
+
+CHATTING, EDUCATION, THERAPY = (PUBLISHED[name] for name in DOMAIN_NAMES)
+DIALOGUE = {"conversation": [], "task_name": "Therapy", "P1": "", "P2": "I run."}
+
+
+@pytest.mark.parametrize(
+    ("domain", "bad", "named"),
+    [
+        ("chatting", {"persona": ""}, ["'persona'", "empty"]),
+        ("chatting", {"persona": '""'}, ["'persona'", "empty"]),
+        ("chatting", {"persona": '"a" and "b"'}, ["'persona'", "no JSON string"]),
+        ("chatting", {"persona": quoted("a\0b")}, ["'persona'", "NUL"]),
+        ("chatting", {"persona": 7}, ["'persona'", "7"]),
+        ("chatting", {"name": "Mia"}, ["'persona' is missing"]),
+        ("chatting", {"persona": quoted(MIA)}, ["'persona'", "the same text as 'config-0000'"]),
+        ("chatting", "Mia", ["JSON object", "str"]),
+        ("education", ["Rivers"], ["[topic, description and grade]", "Rivers"]),
+        ("education", [7, {"description": "I learn."}], ["[topic, description and grade]"]),
+        ("education", ["Rivers", {"grade_level": "x"}], ["'description' is missing"]),
+        ("education", ["Rivers", {"description": " "}], ["'description'", "empty"]),
+        ("education", ["Rivers", "I learn."], ["JSON object", "str"]),
+        ("therapy", {"strategy": "I joke."}, ["'description' is missing"]),
+        ("therapy", {"description": None}, ["'description'", "None"]),
+        ("therapy", {"description": "I cannot sleep."}, ["'description'", "the same text as"]),
+        ("therapy", {"description": "\ud800"}, ["'description'", "surrogate"]),
+        ("therapy", None, ["JSON object", "NoneType"]),
+    ],
+)
+def test_a_bad_published_record_is_named_with_its_field_and_the_others_are_unharmed(
+    tmp_path, domain, bad, named
+):
+    path = dump(tmp_path / "config.json", [*PUBLISHED[domain], bad])
+    with pytest.raises(PersonaFileError) as caught:
+        load_personas(path, domain)
+    (problem,) = caught.value.problems
+    assert problem.startswith("record 2: ")
+    assert all(word in problem for word in named)
+    assert "1 malformed record(s), 2 good one(s)" in str(caught.value)
+    assert [p.text for p in caught.value.personas] == TEXTS[domain]
+    assert len(load_personas(path, domain, on_error="skip")) == 2
+
+
+@pytest.mark.parametrize(
+    ("domain", "document", "named"),
+    [
+        ("therapy", CHATTING, "record 0: field 'persona': a persona for 'chatting'"),
+        ("chatting", THERAPY, "record 1: field 'description': a persona for 'therapy'"),
+        ("therapy", EDUCATION, "record 0: field 'description': a persona for 'education'"),
+        ("chatting", [DIALOGUE], "record 0: field 'P2': a persona for 'therapy'"),
+        ("therapy", [{**DIALOGUE, "task_name": 7}], "record 0: field 'task_name'"),
+        ("therapy", [{**DIALOGUE, "P2": None}], "record 0: field 'P2': expected a text, got None"),
+        ("therapy", [DIALOGUE, {"P1": "I sing."}], "record 1: field 'task_name' is missing"),
+        ("therapy", [DIALOGUE, 7], "record 1: expected a JSON object, got int"),
+        ("therapy", {"chatting": [], "education": []}, "no personas for 'therapy'.*chatting"),
+        ("therapy", {"therapy": [{"source": "x"}]}, "therapy record 0: field 'text' is missing"),
+        ("therapy", {"persona_1": 7}, "record 'persona_1': field 'persona_1'.*got 7"),
+        ("therapy", {"persona_1": "I run.", "persona_2": "I run."}, "'persona_2': the same text"),
+        ("therapy", {"agent1_role": "Therapist", "scenario": "x"}, "'agent1_role' is unknown"),
+        ("therapy", {"id": "x", "txet": "I run."}, "'txet' is unknown, did you mean 'text'"),
+        ("therapy", 7, "record 0: expected a JSON object, got int"),
+        ("therapy", [7], "record 0: expected a JSON object, got int"),
+        ("therapy", [{"text": "I run."}], "record 0: field 'id'"),
+    ],
+)
+def test_a_document_that_is_none_of_the_forms_or_of_another_domain_is_refused(
+    tmp_path, domain, document, named
+):
+    path = dump(tmp_path / "config.json", document)
+    with pytest.raises(PersonaFileError, match=named):
+        load_personas(path, domain)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b'[\n{"persona": \n', r"not JSON \(.* at line 3, column 1\)"),
+        (b'{\n"persona_1": }', "not JSON .* line 2"),
+        (b"Mia bakes.", "not JSON"),
+        (b'[{"persona": "\xff"}]', "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_document_that_is_no_json_is_refused(tmp_path, content, named):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(PersonaFileError, match=named):
+        load_personas(tmp_path / "config.json", "therapy")
+
+
+@pytest.mark.parametrize("document", [[], {"therapy": []}])
+def test_a_document_without_personas_is_refused(tmp_path, document):
+    with pytest.raises(ValueError, match="holds no personas"):
+        load_personas(dump(tmp_path / "config.json", document), "therapy")
+
+
+@pytest.mark.parametrize("domain", DOMAIN_NAMES)
+def test_an_environment_plays_published_personas(tmp_path, domain):
+    path = dump(tmp_path / "config.json", PUBLISHED[domain])
+
+    def judge(transcripts):
+        return [Verdict(1.0, {}, "fine") for _ in transcripts]
+
+    env = gym.make("PersonaDialogue-v0", domain=domain, personas=str(path), judge=judge)
+    observation, info = env.reset(seed=1)
+    assert info["persona_id"] in ("config-0000", "config-0001")
+    assert any(text in observation[0]["content"] for text in TEXTS[domain])
+    assert env.step("I see.")[1] == 1.0
+
+
+@pytest.mark.skipif(not (FOLDER / "raw").is_dir(), reason="needs the Consistent-LLMs data set")
+@pytest.mark.parametrize(
+    ("domain", "name", "people", "texts"),
+    [
+        ("chatting", "raw/chatting/config_chatting_personas.json", 100, 100),
+        ("education", "raw/education/config_education_personas.json", 49, 13),
+        ("therapy", "raw/therapy/config_therapy_personas.json", 50, 50),
+        ("therapy", "raw/therapy/MentalChat16K_sampled_personas.json", 50, 50),
+        ("chatting", "personas_dev.json", 100, 100),
+        ("education", "personas_dev.json", 13, 13),
+        ("therapy", "personas_dev.json", 100, 100),
+        ("chatting", "raw/chatting/exp/dialogues/gemma-2-2b-it_0_10_89.json", 100, 100),
+        ("education", "raw/education/exp/dialogues/mistral-instruct_0_615.json", 10, 10),
+        ("therapy", "raw/therapy/exp/dialogues/mistral-instruct_0_261.json", 4, 4),
+    ],
+)
+def test_the_published_files_load_whole(domain, name, people, texts):
+    loaded = load_personas(FOLDER / name, domain)
+    assert len(loaded) == len({persona.id for persona in loaded}) == people
+    assert len({persona.text for persona in loaded}) == texts
+    if domain == "chatting":
+        assert not any(p.text.startswith('"') or "\\n" in p.text for p in loaded)
+        assert all("\n" in p.text for p in loaded)

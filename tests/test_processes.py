@@ -196,6 +196,7 @@ def test_a_run_of_two_processes_is_one_run_and_that_of_one_process(
         "manifest.json",
         "metrics.jsonl",
         "result.json",
+        "transcripts.jsonl",
         "ppg",
     }
     events = list((run / "ppg").glob("events.out.*"))

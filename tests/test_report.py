@@ -77,7 +77,10 @@ def config(tmp_path: Path) -> CompareConfig:
             ]
             for number in range(2)
         ]
-        folder.write_transcripts(dialogues, [[0.25], [0.75]])
+        folder.write_transcripts(
+            {"messages": messages, "rewards": [reward]}
+            for messages, reward in zip(dialogues, [0.25, 0.75], strict=True)
+        )
     return c
 
 

@@ -136,8 +136,10 @@ def test_transcripts_come_back_as_they_were_said(tmp_path: Path) -> None:
         [{"role": "user", "content": "Grüße 🙂\nzwei Zeilen"}],
         [{"role": "user", "content": "No."}],
     ]
-    RunFolder(tmp_path, SETTINGS).write_transcripts(said, [[0.5, 1.0], []])
-    assert read_transcripts(tmp_path) == [
+    RunFolder(tmp_path, SETTINGS).write_transcripts(
+        [{"messages": said[0], "rewards": [0.5, 1.0]}, {"messages": said[1], "rewards": []}]
+    )
+    assert list(read_transcripts(tmp_path)) == [
         {"messages": said[0], "rewards": [0.5, 1.0]},
         {"messages": said[1], "rewards": []},
     ]
@@ -146,8 +148,8 @@ def test_transcripts_come_back_as_they_were_said(tmp_path: Path) -> None:
 
 def test_unusual_line_separators_do_not_break_a_transcript_in_two(tmp_path: Path) -> None:
     said = [[{"role": "assistant", "content": "one\u2028two\u0085three\x0bfour"}]]
-    RunFolder(tmp_path, SETTINGS).write_transcripts(said, [[0.5]])
-    assert read_transcripts(tmp_path) == [{"messages": said[0], "rewards": [0.5]}]
+    RunFolder(tmp_path, SETTINGS).write_transcripts([{"messages": said[0], "rewards": [0.5]}])
+    assert list(read_transcripts(tmp_path)) == [{"messages": said[0], "rewards": [0.5]}]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "\udcff"])

@@ -98,6 +98,7 @@ def test_a_run_leaves_metrics_checkpoints_the_agent_and_a_result(config: TrainCo
         "manifest.json",
         "metrics.jsonl",
         "result.json",
+        "transcripts.jsonl",
     }
     assert [row["time/total_timesteps"] for row in read_metrics(run)] == [8, 16, 24]
     assert read_metrics(run) == agent.history
@@ -119,6 +120,7 @@ def test_the_manifest_says_what_was_run_with_what_on_what(config: TrainConfig) -
     assert settings["seed"] == 0 and settings["episodes"] == 4 and settings["domain"] == "chatting"
     assert settings["credit"] == "kstep:3" and settings["learning_rate"] == 1e-3
     memory = {"device", "checkpoint_every", "token_budget", "gradient_checkpointing"}
+    memory |= {"verdict_cache", "keep_transcripts"}
     assert set(vars(config)) - set(settings) == {"run", "tracker", "k"} | memory
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"].keys() >= {"python", "numpy", "transformers", "accelerate"}

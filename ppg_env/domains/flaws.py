@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from itertools import pairwise
@@ -89,14 +90,29 @@ def _unfinished(line: str, words: tuple[str, ...]) -> bool:
 
 # ---- any text --------------------------------------------------------------------------------
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_LONG_RUN = re.compile(r"([^\w\s.…]|_)\1{7,}")
-MARKUP = re.compile(r"<\|[^<>|]*\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]")
-_TO_THE_JUDGE = re.compile(r"\b(?:verdict|conflicts)\W{0,3}[:=]", re.IGNORECASE)
+# Scripts without blanks between words: a character each.
+_SINGLE = r"[\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]"
+_WORD = re.compile(rf"{_SINGLE}|(?:(?!{_SINGLE})[^\W_])+(?:['’](?:(?!{_SINGLE})[^\W_])+)*")
+_IS_SINGLE = re.compile(_SINGLE)
+_FORM = r"|`*#=<>~+\\/_-"
+"""Characters of forms and tables; other symbols may come many times running, for emphasis."""
+_LONG_RUN = re.compile(rf"([{_FORM}])\1{{7,}}|_{{5,}}|([^\w\s])\2{{29,}}")
+_EMPHASIS = re.compile(rf"([^\w\s{_FORM}])\1{{3,}}")
+MARKUP = re.compile(r"<[|｜][^<>|｜]*[|｜]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
+_OWN_VERDICT = re.compile(
+    r"\bverdict\W*[:=]\W*(?:consistent|contradicts|unscorable)\b"
+    r"|\bconflicts\W*[:=]\W*(?:none\b|\d)",
+    re.IGNORECASE,
+)
 _SQUEEZED = 0.22
 """Text that compresses to less than this share says the same again and again."""
-SYMBOL_SHARE = 0.5
+SYMBOL_SHARE = 0.35
+"""Letters and digits are at least this share of a line's characters."""
+PLAIN_ECHO_OVERLAP = 0.9
+"""Higher than ECHO_OVERLAP: a full answer holds most of the question ("I like to read about ...")."""
 REPEAT_OVERLAP = 0.8
+_RUNS = ((1, 6), (2, 4), (3, 4), (4, 4), *((size, 3) for size in range(5, 13)))
+"""(words, how often running): more than anybody says for emphasis."""
 
 
 def find_plain_flaw(line: str, partner: str, persona: str, earlier: Sequence[str]) -> str:
@@ -115,52 +131,79 @@ def find_plain_flaw(line: str, partner: str, persona: str, earlier: Sequence[str
     words = _words(line)
     if not words:
         return "holds no words"
-    if MARKUP.search(line):
-        return "holds chat markup"
-    if _TO_THE_JUDGE.search(line):
-        return "addresses the judge"
-    visible = [c for c in line if not c.isspace()]
-    if _LONG_RUN.search(line) or (
-        len(visible) >= 8 and sum(c.isalnum() for c in visible) < SYMBOL_SHARE * len(visible)
-    ):
+    addressed = machine_address(line)
+    if addressed:
+        return addressed
+    if _is_symbols(line):
         return "is mostly symbols"
-    encoded = line.encode("utf-8")
+    encoded = line.encode("utf-8", "replace")
     if _says_again(words) or (
         len(encoded) >= 200 and len(zlib.compress(encoded)) < _SQUEEZED * len(encoded)
     ):
         return "repeats itself"
-    pairs = _pairs(words)
-    if len(words) >= 4 and len(pairs & _pairs(_words(partner))) >= ECHO_OVERLAP * len(pairs):
+    size, pairs = _size(words), _pairs(words)
+    if size >= 5 and len(pairs & _pairs(_words(partner))) >= PLAIN_ECHO_OVERLAP * len(pairs):
         return "echoes the partner"
-    if len(words) >= 8 and len(pairs & _pairs(_words(persona))) >= COPY_OVERLAP * len(pairs):
+    if size >= 8 and len(pairs & _pairs(_words(persona))) >= COPY_OVERLAP * len(pairs):
         return "copies out the persona"
-    if len(words) >= 4:
-        for other in map(_words, earlier):
-            past = _pairs(other)
-            shared = len(pairs & past)
-            if words == other or (
-                len(other) >= 4
-                and shared >= REPEAT_OVERLAP * len(pairs)
-                and shared >= REPEAT_OVERLAP * len(past)
-            ):
-                return "repeats an earlier line"
+    past = [_words(other) for other in earlier]
+    if any(_says_the_same(words, pairs, other) for other in past if size >= 4):
+        return "repeats an earlier line"
+    if size >= 2 and past.count(words) >= 2:  # short ones may come twice: "I don't know."
+        return "repeats an earlier line"
     return ""
+
+
+def machine_address(line: str) -> str:
+    """Return how a line speaks to the machinery instead of the partner, or "" if it does not."""
+    # Invisible characters and wide letters must not hide what a model reads all the same.
+    plain = unicodedata.normalize("NFKC", line) if not line.isascii() else line
+    plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
+    if MARKUP.search(plain):
+        return "holds chat markup"
+    return "addresses the judge" if _OWN_VERDICT.search(plain) else ""
+
+
+def _is_symbols(line: str) -> bool:
+    if _LONG_RUN.search(line):
+        return True
+    visible = [c for c in _EMPHASIS.sub(r"\1\1\1", line) if not c.isspace()]
+    # Vowel signs are marks, not letters, in many scripts.
+    sayable = sum(c.isalnum() or unicodedata.category(c)[0] == "M" for c in visible)
+    return len(visible) >= 8 and sayable < SYMBOL_SHARE * len(visible)
 
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
+def _size(words: Sequence[str]) -> float:
+    """Return the number of words; a character of a script without blanks is half a word."""
+    return sum(0.5 if _IS_SINGLE.match(word) else 1.0 for word in words)
+
+
 def _pairs(words: Sequence[str]) -> set[tuple[str, str]]:
     return set(pairwise(words))
 
 
+def _says_the_same(words: list[str], pairs: set[tuple[str, str]], other: list[str]) -> bool:
+    past = _pairs(other)
+    shared = len(pairs & past)
+    return words == other or (
+        _size(other) >= 4
+        and shared >= REPEAT_OVERLAP * len(pairs)
+        and shared >= REPEAT_OVERLAP * len(past)
+    )
+
+
 def _says_again(words: Sequence[str]) -> bool:
-    """Return whether a word comes five times running, or two to six words three times running."""
-    for size, times in ((1, 5), (2, 3), (3, 3), (4, 3), (5, 3), (6, 3)):
+    """Return whether words follow each other again at once, more often than for emphasis."""
+    for size, times in _RUNS:
         same = 0
         for i in range(len(words) - size):
             same = same + 1 if words[i] == words[i + size] else 0
-            if same >= size * (times - 1):
+            # A single letter or character may come more often: "哈哈哈哈哈哈" laughs.
+            needed = times if size > 1 or len(words[i]) > 1 else 15
+            if same >= size * (needed - 1):
                 return True
     return False
