@@ -95,23 +95,31 @@ def evaluate_quiz(
         prepare(list(dict.fromkeys(personas)))
     asked = [(e, question) for e, name in enumerate(personas) for question in quiz.questions(name)]
 
-    histories = {"": [_finished(dialogue) for dialogue in dialogues]}
-    if before:
-        histories["_before"] = [_untouched(dialogue) for dialogue in dialogues]
-    replies: list[str | None] = []
-    for history_E in histories.values():
-        put = [[*history_E[e], {"role": "user", "content": q.text}] for e, q in asked]
-        replies += _answers(policy, put, _quiz_seed(seed), deterministic, batch_size)
-    grades = _grades(quiz, [question for _, question in asked] * len(histories), replies)
+    def ask(histories: Sequence[Messages]) -> list[str | None]:
+        put = [[*histories[e], {"role": "user", "content": q.text}] for e, q in asked]
+        return _answers(policy, put, _quiz_seed(seed), deterministic, batch_size)
 
-    found: dict[str, np.ndarray] = {}
-    for i, when in enumerate(histories):
-        graded = grades[i * len(asked) : (i + 1) * len(asked)]
-        for name, grade in (("qa", True), ("qa_contradicted", False), ("qa_unanswered", None)):
-            got = [(e, given is grade) for (e, _), given in zip(asked, graded, strict=True)]
-            found[name + when] = _shares(got, len(dialogues))
+    replies = ask([_finished(dialogue) for dialogue in dialogues])
+    questions = [question for _, question in asked]
     if before:
-        del found["qa_unanswered_before"]
+        replies += ask([_untouched(dialogue) for dialogue in dialogues])
+        questions = questions * 2
+    grades = _grades(quiz, questions, replies)
+
+    def share(grade: bool | None, of: Sequence[bool | None]) -> np.ndarray:
+        got = [given is grade for given in of]
+        return _shares([e for e, _ in asked], got, len(dialogues))
+
+    after = grades[: len(asked)]
+    found = {
+        "qa": share(True, after),
+        "qa_contradicted": share(False, after),
+        "qa_unanswered": share(None, after),
+    }
+    if before:
+        earlier = grades[len(asked) :]
+        found["qa_before"] = share(True, earlier)
+        found["qa_contradicted_before"] = share(False, earlier)
         found["qa_change"] = found["qa"] - found["qa_before"]
     return found
 
@@ -157,12 +165,10 @@ def _grades(
     return [None if reply is None else next(grades) for reply in replies]
 
 
-def _shares(got: Sequence[tuple[int, bool]], size: int) -> np.ndarray:
-    """Return the share of True among each dialogue's entries, NaN where it has none."""
-    total_E, true_E = np.zeros(size), np.zeros(size)
-    for e, is_so in got:
-        total_E[e] += 1
-        true_E[e] += is_so
+def _shares(dialogue_Q: Sequence[int], got_Q: Sequence[bool], size: int) -> np.ndarray:
+    """Return the share of True among each dialogue's questions, NaN where it has none."""
+    total_E = np.bincount(np.array(dialogue_Q, dtype=int), minlength=size)
+    true_E = np.bincount(np.array(dialogue_Q, dtype=int), np.array(got_Q, float), minlength=size)
     return np.divide(true_E, total_E, out=np.full(size, np.nan), where=total_E > 0)
 
 

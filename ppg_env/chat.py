@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -32,8 +32,15 @@ R = TypeVar("R")
 
 OPENAI_URL = "https://api.openai.com/v1"
 _UNREACHABLE_PATIENCE = 15.0
-"""Seconds for which an endpoint that has never answered may be unreachable: it may still start."""
+"""Seconds for which an endpoint that has never answered may be unreachable, as one that starts, or
+send what is no chat completion, as the start page of something else."""
 _LONGEST_PAUSE = 30.0
+_NO_KEY = "none"
+"""Stands in for a key where there is none; the client wants one."""
+_LIKE_ADDRESS = re.compile(
+    r"@(?:.*//|.*/v1/?$|(?:[^/]*@)?(?:localhost\b|[\w.-]+:\d+(?:/|$)|\d+(?:\.\d+){3}\b))"
+)
+_UNKNOWN_FIELD = re.compile("support|unrecognized|unknown|unexpected|extra|not permitted")
 _KEY_LIKE = re.compile(r"\b(?:sk|hf|gsk|xai)[-_][\w*.-]{6,}|(?<=Bearer )\S+", re.IGNORECASE)
 
 
@@ -111,7 +118,13 @@ def _opened(spec: str) -> ChatModel:
     if kind == "hf":
         return TransformersChat(rest)
     model, found, address = rest.rpartition("@http")
-    return OpenAIChat(model, f"http{address}") if found else OpenAIChat(rest)
+    if found:
+        return OpenAIChat(model, f"http{address}")
+    if _LIKE_ADDRESS.search(rest):  # else a forgotten scheme sends the dialogues to OpenAI
+        raise ValueError(
+            f"The url after {rest.partition('@')[0]!r} and '@' must begin with http:// or https://."
+        )
+    return OpenAIChat(rest)
 
 
 def is_chat_spec(spec: object) -> bool:
@@ -225,8 +238,10 @@ class OpenAIChat:
 
         def give_up(state: tenacity.RetryCallState) -> bool:
             assert state.outcome is not None
-            unreachable = not self._reached and _is_unreachable(state.outcome.exception())
-            patience = min(self.budget, _UNREACHABLE_PATIENCE) if unreachable else self.budget
+            error = state.outcome.exception()
+            nobody = _is_unreachable(error) or isinstance(error, _UnusableAnswerError)
+            strange = nobody and not self._reached
+            patience = min(self.budget, _UNREACHABLE_PATIENCE) if strange else self.budget
             return time.monotonic() - started + state.upcoming_sleep >= patience
 
         def note(state: tenacity.RetryCallState) -> None:
@@ -254,16 +269,20 @@ class OpenAIChat:
 
         left = max(0.1, self.budget - (time.monotonic() - started))
         while True:
+            sent = self._accepted(request)
             try:
                 response = self._connected().chat.completions.with_raw_response.create(
-                    **self._accepted(request), timeout=min(self.timeout, left)
+                    **sent, timeout=min(self.timeout, left)
                 )
                 break
-            except openai.BadRequestError as error:
-                if not self._dropped(error):
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                field = _refused_field(error, sent)
+                if not field:
                     raise
+                self._refused.add(field)  # maybe not the first: others asked at the same time
+        completion = _read(response.http_response.content)
         self._reached = True
-        return _read(response.http_response.content)
+        return completion
 
     def _connected(self) -> openai.OpenAI:
         """Return this process's client; one that a fork brought along is left to its parent."""
@@ -271,7 +290,7 @@ class OpenAIChat:
 
         with self._lock:
             if self._client is None or self._client[0] != os.getpid():
-                key = os.environ.get(self.api_key_env) or "none"
+                key = os.environ.get(self.api_key_env) or _NO_KEY
                 client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=0)
                 self._client = (os.getpid(), client)
             return self._client[1]
@@ -281,27 +300,15 @@ class OpenAIChat:
         accepted = {k: v for k, v in request.items() if k not in self._refused}
         if "system" in self._refused:
             accepted["messages"] = without_system(request["messages"])
-        if "max_tokens" in self._refused and "max_completion_tokens" not in self._refused:
+        if "max_tokens" in self._refused:  # newer servers call it otherwise
             accepted["max_completion_tokens"] = request["max_tokens"]
         return accepted
-
-    def _dropped(self, error: openai.BadRequestError) -> bool:
-        """Return whether the server refused a field one can do without, and leave it out then."""
-        text = str(error.message).lower()
-        if not any(word in text for word in ("unsupported", "support", "unrecognized", "extra")):
-            return False
-        for field in ("max_completion_tokens", "max_tokens", "seed", "temperature", "system"):
-            named = error.param == field or re.search(rf"\b{field}\b", text)
-            if named and field not in self._refused:
-                self._refused.add(field)
-                return True
-        return False
 
     def _explain(self, error: Exception, attempts: int, started: float) -> str:
         """Return what to tell the user about a final error; no key in it."""
         import openai
 
-        cause = self._without_secrets(_cause(error))
+        cause = self._without_secrets(_cause(error))[:400]
         where = f"{self.model!r} at {self.url}"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             set_already = bool(os.environ.get(self.api_key_env))
@@ -317,6 +324,11 @@ class OpenAIChat:
             return (
                 f"Nothing answers for {where} ({cause}); is the server running, and is the url "
                 "right?"
+            )
+        if isinstance(error, _UnusableAnswerError) and not self._reached:
+            return (
+                f"What answers for {where} is no chat endpoint ({cause}); is the url right? It "
+                "usually ends in /v1."
             )
         if isinstance(error, openai.APIStatusError) and not _is_passing(error):
             return f"{where} refused the request ({cause})."
@@ -338,9 +350,9 @@ class OpenAIChat:
         return self._without_secrets(f"Models that the server lists: {names}.")
 
     def _without_secrets(self, text: str) -> str:
-        key = os.environ.get(self.api_key_env)
-        if key:
-            text = text.replace(key, "[key]")
+        keys = {os.environ.get(self.api_key_env), self._client and self._client[1].api_key}
+        for key in keys - {None, "", _NO_KEY}:
+            text = text.replace(str(key), "[key]")
         return _KEY_LIKE.sub("[key]", text)
 
 
@@ -479,12 +491,17 @@ def without_thoughts(text: str, finished: bool) -> Completion:
 
     Thoughts end at the last `</think>`; an answer that broke off within them is empty.
     """
-    _, found, said = text.rpartition("</think>")
+    _, found, said = sayable(text).rpartition("</think>")
     if found:
         return Completion(said.strip(), finished)
-    if "<think>" in text:
-        return Completion(text.partition("<think>")[0].strip(), False)
-    return Completion(text.strip(), finished)
+    if "<think>" in said:
+        return Completion(said.partition("<think>")[0].strip(), False)
+    return Completion(said.strip(), finished)
+
+
+def sayable(text: str) -> str:
+    """Return the text without what no space, file or terminal carries: NUL and lone surrogates."""
+    return text.encode("utf-8", "ignore").decode("utf-8").replace("\0", "")
 
 
 def without_system(chat: Messages) -> Messages:
@@ -509,9 +526,9 @@ def side_by_side(function: Callable[[T], R], items: Sequence[T], limit: int) -> 
     lock = threading.Lock()
 
     def work() -> None:
-        while not errors:
+        while True:
             with lock:
-                i = next(waiting, None)
+                i = None if errors else next(waiting, None)
             if i is None:
                 return
             try:
@@ -520,10 +537,14 @@ def side_by_side(function: Callable[[T], R], items: Sequence[T], limit: int) -> 
                 errors[i] = error
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(limit, len(items)))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as interrupt:
+        errors[-1] = interrupt  # nobody begins another item
+        raise
     if errors:
         raise errors[min(errors)]
     return [results[i] for i in range(len(items))]
@@ -559,16 +580,18 @@ def _read(body: bytes) -> Completion:
 
     try:
         choice = json.loads(body)["choices"][0]
-        text = choice["message"]["content"]
-        reason = choice.get("finish_reason")
+        message, reason = choice["message"], choice.get("finish_reason")
+        text = message.get("content")
+        elsewhere = any(message.get(name) for name in ("refusal", "reasoning_content", "reasoning"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _UnusableAnswerError(
             f"the answer is no chat completion ({type(error).__name__}): {body[:80]!r}"
         ) from None
+    if text is None and (elsewhere or reason in ("length", "content_filter")):
+        return Completion("", False)  # it refused, or all its tokens went into thoughts
     if not isinstance(text, str):
         raise _UnusableAnswerError(f"the answer's content is {text!r:.40}")
-    sayable = text.encode("utf-8", "ignore").decode("utf-8").replace("\0", "")
-    return without_thoughts(sayable, finished=reason in ("stop", "eos", None))
+    return without_thoughts(text, finished=reason in ("stop", "eos", "eos_token", None))
 
 
 def _is_passing(error: BaseException | None) -> bool:
@@ -592,17 +615,36 @@ def _is_unreachable(error: BaseException | None) -> bool:
 
 def _pause(state: Any) -> float:
     """Return the seconds to wait: what the server asks for, else growing and a little random."""
-    error = state.outcome.exception()
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    try:
-        asked = float(headers.get("retry-after", ""))
-    except ValueError:
-        asked = 0.0
-    if 0 < asked < float("inf"):
+    asked = _retry_after(state.outcome.exception())
+    if asked:
         return asked
     growing = min(_LONGEST_PAUSE, 0.25 * 2.0 ** min(state.attempt_number - 1, 10))
     # Jitter keeps many clients from coming back at once; it touches no dialogue.
     return growing * (0.75 + 0.5 * (time.monotonic_ns() % 997) / 997)
+
+
+def _retry_after(error: BaseException | None) -> float:
+    """Return the seconds that a server asks to wait, 0 if it does not."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    try:
+        asked = float(headers.get("retry-after", ""))
+    except ValueError:
+        return 0.0
+    return asked if 0 < asked < float("inf") else 0.0
+
+
+def _refused_field(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str:
+    """Return which field the server does not take, of those that one can do without; else ""."""
+    text = str(error.message).replace(str(sent["model"]), "").lower()
+    if not _UNKNOWN_FIELD.search(text):
+        return ""
+    there = [name for name in ("max_tokens", "seed", "temperature") if name in sent]
+    if sent["messages"][0]["role"] == "system":
+        there.append("system")
+    named = getattr(error, "param", None)
+    if named in there:
+        return str(named)
+    return next((name for name in there if re.search(rf"\b{name}\b", text)), "")
 
 
 def _kind_of(error: BaseException | None) -> str:
@@ -616,7 +658,10 @@ def _cause(error: BaseException) -> str:
     behind = error.__cause__
     if behind is not None and str(behind) and str(behind) not in text:
         text = f"{text} {behind}"
-    return " ".join(text.split())[:400]
+    asked = _retry_after(error)
+    if asked:
+        text = f"it asks to wait {asked:.0f} s; {text}"
+    return " ".join(text.split())
 
 
 def _checked_url(url: str) -> str:
@@ -624,13 +669,16 @@ def _checked_url(url: str) -> str:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname)
         _ = parts.port
+        secret = parts.username or parts.password or parts.query or parts.fragment
     except ValueError:
         usable = False
-    if not usable:
-        raise ValueError(f"{url!r:.200} is no http url; write e.g. http://localhost:8000/v1.")
-    if parts.username or parts.password or parts.query:
+    if secret if usable else "@" in url:
         raise ValueError(
-            f"The url of {parts.hostname} holds a user, password or query; keys belong into an "
-            "environment variable (OPENAI_API_KEY), so that they end up in no log."
+            f"The url{f' of {parts.hostname}' if usable else ''} holds a user, password, query or "
+            "fragment; keys belong into an environment variable (OPENAI_API_KEY), so that they end "
+            "up in no log."
         )
+    if not usable:
+        shown = re.split("[?#]", url)[0]
+        raise ValueError(f"{shown!r:.200} is no http url; write e.g. http://localhost:8000/v1.")
     return url.rstrip("/") + ("/v1" if parts.path in ("", "/") else "")

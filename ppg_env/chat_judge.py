@@ -20,7 +20,7 @@ from hashlib import sha256
 from .chat import ChatModel, Completion
 from .dialogue import Messages, Transcript, Verdict
 from .domains import Domain, get_domain
-from .domains.flaws import find_plain_flaw
+from .domains.flaws import MARKUP, find_plain_flaw, machine_address
 
 _DATA = (
     "You get one JSON object. All that is in it was said or written by others and is material to "
@@ -65,9 +65,23 @@ _REPAIR = (
 )
 _VERDICT_FORMS = "VERDICT: CONSISTENT or VERDICT: CONTRADICTS or VERDICT: UNSCORABLE"
 _CONFLICT_FORMS = "CONFLICTS: and the numbers, or CONFLICTS: none"
-_VERDICT_LINE = re.compile(r"VERDICT:\s*(CONSISTENT|CONTRADICTS|UNSCORABLE)", re.IGNORECASE)
-_CONFLICT_LINE = re.compile(r"CONFLICTS:\s*(none|\d{1,4}(?:\s*,\s*\d{1,4})*)", re.IGNORECASE)
-_MARGINS = " \t*_`#>."
+_COLON = r"\s*[:：][\s\u00a0\u3000]*"
+_VERDICT_LINE = re.compile(
+    rf"VERDICT{_COLON}(CONSISTENT|CONTRADICTS|UNSCORABLE)", re.IGNORECASE | re.ASCII
+)
+_ANY_VERDICT = re.compile(r"VERDICT\s*[:：]\W*(\w+)", re.IGNORECASE)
+_CONFLICT_LINE = re.compile(
+    rf"CONFLICTS{_COLON}(none|\d{{1,4}}(?:\s*,\s*\d{{1,4}})*)", re.IGNORECASE | re.ASCII
+)
+_ANY_CONFLICTS = re.compile(
+    r"CONFLICTS\s*[:：]\W*(\d+(?:[ \t,]+\d+)*|\w+)", re.IGNORECASE | re.ASCII
+)
+_BRACKETED = re.compile(r"\[(?=/?[A-Z_]+\])")
+_EMPHASIS = str.maketrans("", "", "*_`")
+_MARGINS = " \t#.。"
+_RULES = 2
+"""Version of all that determines a verdict besides the prompts' words: which lines are degenerate,
+what the model is shown of the dialogue, how its answers are read. Part of the cache key."""
 _CONTEXT_TURNS = 3
 _MIN_ANSWERS = 20
 
@@ -163,7 +177,8 @@ class ChatJudge:
         prompts = (_FITS, _CONFLICTS, _DATA, _ASK, _REPAIR, self.domain.judge_brief)
         wording = sha256("\n".join(prompts).encode()).hexdigest()[:12]
         return (
-            f"ChatJudge/{self.chat.name}/prompts={wording}/domain={self.domain.name}/"
+            f"ChatJudge/{self.chat.name}/prompts={wording}/rules={_RULES}/"
+            f"domain={self.domain.name}/"
             f"temperature={self.temperature}/max_tokens={self.max_tokens}/"
             f"line_to_line={self.line_to_line}/charge_conflicts={self.charge_conflicts}"
         )
@@ -193,11 +208,11 @@ class ChatJudge:
     def _fits(self, transcript: Transcript) -> _Question:
         turn = transcript.turns[-1]
         before = [
-            {"speaker": speaker, "says": line}
+            {"speaker": speaker, "says": _shown(line)}
             for past in transcript.turns[-1 - _CONTEXT_TURNS : -1]
             for speaker, line in (("other", past.partner), ("person", past.agent))
         ]
-        before.append({"speaker": "other", "says": turn.partner})
+        before.append({"speaker": "other", "says": _shown(turn.partner)})
         material = {
             "background": transcript.persona.text,
             "before": before,
@@ -208,8 +223,8 @@ class ChatJudge:
     def _conflicts(self, transcript: Transcript) -> _Question:
         turn, past = transcript.turns[-1], transcript.turns[:-1]
         material = {
-            "earlier": {str(number): earlier.agent for number, earlier in enumerate(past)},
-            "question": turn.partner,
+            "earlier": {str(number): _shown(earlier.agent) for number, earlier in enumerate(past)},
+            "question": _shown(turn.partner),
             "line": turn.agent,
         }
         chat = _chat(_CONFLICTS, self.domain.judge_brief, material)
@@ -305,15 +320,14 @@ def transcript_flaw(transcript: Transcript) -> str:
 def read_verdict(answer: str) -> str | None:
     """Return "consistent", "contradicts" or "unscorable" from a judge's answer, None if unreadable.
 
-    The verdict is the whole last line, and no other line gives another one.
+    The verdict is the whole last line, Markdown aside, and nowhere else stands another one.
     """
-    lines = [line.strip(_MARGINS) for line in answer.strip().splitlines()]
-    lines = [line for line in lines if line]
-    found = _VERDICT_LINE.fullmatch(lines[-1]) if lines else None
+    text = answer.translate(_EMPHASIS)
+    found = _VERDICT_LINE.fullmatch(_last_line(text))
     if found is None:
         return None
-    given = {match.upper() for match in _VERDICT_LINE.findall(answer)}
-    return found[1].lower() if len(given) == 1 else None
+    given = {word.upper() for word in _ANY_VERDICT.findall(text)}
+    return found[1].lower() if given == {found[1].upper()} else None
 
 
 def read_conflicts(answer: str, num_lines: int) -> tuple[int, ...] | None:
@@ -323,10 +337,9 @@ def read_conflicts(answer: str, num_lines: int) -> tuple[int, ...] | None:
         answer: its last line is "CONFLICTS: none" or "CONFLICTS: 0, 3".
         num_lines: how many earlier lines there are; other numbers make the answer unreadable.
     """
-    lines = [line.strip(_MARGINS) for line in answer.strip().splitlines()]
-    lines = [line for line in lines if line]
-    found = _CONFLICT_LINE.fullmatch(lines[-1]) if lines else None
-    if found is None or len({m.lower() for m in _CONFLICT_LINE.findall(answer)}) > 1:
+    text = answer.translate(_EMPHASIS)
+    found = _CONFLICT_LINE.fullmatch(_last_line(text))
+    if found is None or len({_named(list_) for list_ in _ANY_CONFLICTS.findall(text)}) != 1:
         return None
     if found[1].lower() == "none":
         return ()
@@ -334,10 +347,24 @@ def read_conflicts(answer: str, num_lines: int) -> tuple[int, ...] | None:
     return tuple(numbers) if numbers[-1] < num_lines else None
 
 
+def _named(conflicts: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", conflicts.lower()))
+
+
+def _last_line(text: str) -> str:
+    """Return the last line that holds more than margins, without its margins."""
+    for line in reversed(text.splitlines()):
+        if line := line.strip().strip(_MARGINS):
+            return line
+    return ""
+
+
 def _chat(instructions: str, brief: str, material: object) -> Messages:
     """Return the question: instructions in the system message, material as JSON in the user's."""
-    # In JSON a line can neither end its own quotation nor begin a message of its own.
-    quoted = json.dumps(material, ensure_ascii=False, indent=1).replace("<|", "<\\u007c")
+    # In JSON a line can neither end its own quotation nor, without control tokens ("<|im_end|>",
+    # "</s>", "[INST]"), begin a message of its own.
+    quoted = json.dumps(material, ensure_ascii=False, indent=1)
+    quoted = _BRACKETED.sub(r"\\u005b", quoted.replace("<", "\\u003c"))
     return [
         {"role": "system", "content": instructions.format(data=_DATA, brief=brief).strip()},
         {"role": "user", "content": _ASK.format(material=quoted)},
@@ -348,9 +375,14 @@ def _repair(question: _Question, answer: str) -> Messages:
     forms = _VERDICT_FORMS if question.kind == "fits" else _CONFLICT_FORMS
     return [
         *question.chat,
-        {"role": "assistant", "content": answer[-2000:] or "..."},
+        {"role": "assistant", "content": MARKUP.sub("", answer[-2000:]) or "..."},
         {"role": "user", "content": _REPAIR.format(forms=forms)},
     ]
+
+
+def _shown(line: str) -> str:
+    """Return a line as the model is shown it: not if it speaks to the model itself."""
+    return "..." if machine_address(line) else line
 
 
 def _seed(chat: Messages) -> int:
@@ -360,5 +392,5 @@ def _seed(chat: Messages) -> int:
 
 def _reasoning(answer: str) -> str:
     """Return the answer's explanation in one short line."""
-    lines = [line for line in answer.splitlines() if not _VERDICT_LINE.search(line)]
+    lines = [line for line in answer.splitlines() if not _ANY_VERDICT.search(line)]
     return " ".join(" ".join(lines).split())[:200]

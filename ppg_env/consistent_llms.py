@@ -95,14 +95,16 @@ def _by_domain(document: Mapping[str, Sequence[object]], stem: str, domain: str)
 
 def _dialogues(records: Sequence[object], stem: str, domain: str) -> Iterator[Entry]:
     """Yield each persona of both sides where it occurs first; "" stands for a side without one."""
-    seen: set[object] = {""}
+    seen = {""}
     for i, record in enumerate(records):
         for side in ("P1", "P2"):
             text = record.get(side) if isinstance(record, Mapping) else None
-            if not isinstance(text, str) or text not in seen:
-                seen.add(text if isinstance(text, str) else None)
-                read = partial(_side, record, side, domain, f"{stem}-{i:04d}-{side}")
-                yield Entry(f"record {i}", side, read)
+            if isinstance(text, str):
+                if text in seen:
+                    continue
+                seen.add(text)
+            read = partial(_side, record, side, domain, f"{stem}-{i:04d}-{side}")
+            yield Entry(f"record {i}", side, read)
 
 
 def _side(record: object, side: str, wanted: str, identifier: str) -> dict[str, str]:

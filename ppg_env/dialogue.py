@@ -31,7 +31,7 @@ class Persona:
     Attributes:
         id: unique within its file, e.g. "therapy-0042".
         domain: name of the domain it was written for.
-        text: the persona in the second person, as the agent's system message shows it.
+        text: the persona, best in the second person, as the agent's system message shows it.
         facts: what is true of the persona, attribute -> value of the domain's lexicon; what the
             rule judge checks claims against. May be empty for free-text personas.
         traits: what shapes the dynamics without being a checkable claim, e.g. guardedness.

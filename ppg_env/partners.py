@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .chat import ChatModel, Completion
+from .chat import ChatModel, Completion, sayable
 from .dialogue import Farewell, Messages, Transcript
 from .domains import Attribute, Claim, Domain, get_domain
 from .domains.domain import choose
@@ -255,7 +255,7 @@ class ChatPartner:
                 max_tokens=self.max_tokens,
             )
             for i, answer in zip(silent, answers, strict=True):
-                lines[i] = self._line(answer)
+                lines[i] = self._line(answer, begun=bool(transcripts[i].turns))
             silent = [i for i in silent if not lines[i]]
             self.counts["blank"] += len(silent)
             if not silent:
@@ -270,17 +270,24 @@ class ChatPartner:
             system += f" {_CLOSING}"
         view = [{"role": "system", "content": system}, {"role": "user", "content": _BEGIN}]
         for turn in transcript.turns:
-            view.append({"role": "assistant", "content": turn.partner})
-            view.append({"role": "user", "content": turn.agent})
+            # A model reads markup in a line as the beginning of somebody else's message.
+            view.append({"role": "assistant", "content": MARKUP.sub(" ", turn.partner)})
+            view.append({"role": "user", "content": MARKUP.sub(" ", turn.agent)})
         return view
 
-    def _line(self, answer: Completion) -> str:
-        """Return what was said, without stage directions of the format; "" if nothing."""
+    def _line(self, answer: Completion, begun: bool) -> str:
+        """Return what was said, without stage directions of the format; "" if nothing.
+
+        A dialogue that has not begun is not closed either: the agent has a turn in each.
+        """
         text, mark, _ = answer.text.partition(END)
-        text = MARKUP.sub("", text).strip().strip('"').strip()
+        # What follows markup is said in somebody else's name.
+        text = next((part for part in MARKUP.split(sayable(text)) if part.strip()), "").strip()
+        if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1]:
+            text = text[1:-1].strip()
         if (not mark and not answer.finished) or len(text) > MAX_PARTNER_LINE:
             text = _whole_sentences(text[:MAX_PARTNER_LINE])
-        if mark and self.may_close:
+        if mark and self.may_close and begun:
             return Farewell(text or "Goodbye!")
         return text
 

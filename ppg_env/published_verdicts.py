@@ -3,9 +3,9 @@
     python -m ppg_env.published_verdicts FOLDER            # a Markdown table, a row for each file
     python -m ppg_env.published_verdicts FOLDER --json
 
-The published prompt asks for one sentence, then YES if the line CONTRADICTS the background and NO
-if it agrees with it. The published score counts every answer without YES as consistent, also one
-that says there was nothing to judge. `strict` knows a third outcome: no verdict, no label.
+The published prompt asks for one sentence, then a word: YES = the line CONTRADICTS its speaker's
+background, NO = it agrees. The published score counts every answer without YES as consistent, also
+one that says there was nothing to judge. `strict` knows a third outcome: no verdict, no label.
 
 FOLDER holds dialogue files of Consistent-LLMs (`<domain>/exp/.../*.json`, at any depth), the
 `dev.jsonl.gz` of a converted copy, or both. Neither is part of this project.
@@ -115,7 +115,7 @@ def _at_end(text: str, pattern: re.Pattern[str]) -> tuple[str, int] | None:
     before = text[:start].rstrip(_MARGINS)
     if _JOINED.search(before):
         return None
-    own_sentence = not before or before[-1] in ".!?:;" or "\n" in text[len(before) : start]
+    own_sentence = not before or before[-1] in ".!?:;"
     if word.isalpha() and not word.isupper() and not own_sentence:
         return None
     return word.upper(), start
@@ -139,7 +139,7 @@ def index_score(answers: Sequence[tuple[int, str]], speaker: int) -> float:
         speaker: 0 for P1, 1 for P2; the others' lines are left out.
     """
     own = [(line, answer) for line, answer in answers if line % 2 == speaker]
-    pairs = sum(len(range(speaker, line, 2)) for line, _ in own)
+    pairs = sum(line // 2 for line, _ in own)
     listed = sum(len(consistent_llms_conflicts(answer, speaker)) for _, answer in own)
     return 1 - listed / pairs if pairs else 0.0
 
@@ -180,7 +180,7 @@ class Row:
     @property
     def difference(self) -> float:
         """Return consistent by the published score minus strictly consistent, in points."""
-        return 100 * (self.published - self.consistent) / self.judged
+        return 100 * (self.published - self.consistent) / max(1, self.judged)
 
 
 def table(folder: str | Path) -> list[Row]:
@@ -219,7 +219,7 @@ def _name(path: Path) -> str:
 def _naming(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, EOFError, RecursionError) as error:
         raise ValueError(f"{path} is no dialogue file of Consistent-LLMs: {error!r}") from error
 
 
@@ -317,9 +317,8 @@ def markdown(rows: Sequence[Row]) -> str:
     for row in (*rows, total(rows)):
         mark = " †" * (row.read == "words") + " ‡" * row.inverted
         counts = (row.published, row.consistent, row.contradicts, row.unscorable)
-        shares = [f"{100 * n / row.judged:.1f} %" if row.judged else "" for n in counts]
-        points = f"{row.difference:.1f}" if row.judged else ""
-        lines.append(f"| {row.file}{mark} | {row.judged} | {' | '.join(shares)} | {points} |")
+        shares = " | ".join(f"{100 * n / max(1, row.judged):.1f} %" for n in counts)
+        lines.append(f"| {row.file}{mark} | {row.judged} | {shares} | {row.difference:.1f} |")
     if any(row.read == "words" for row in rows):
         lines += ["", "† read from the verdict words (YES, NO, none, both); no texts at hand"]
     if any(row.inverted for row in rows):

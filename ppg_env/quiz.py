@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from typing import NamedTuple, TypeVar
+from unicodedata import category
 
 import numpy as np
 
@@ -178,7 +180,7 @@ _GRADE_REPAIR = (
 _QUESTION_LINE = re.compile(r"Q:\s*(\S.*)", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"A:\s*(\S.*)", re.IGNORECASE)
 _GRADE_LINE = re.compile(r"GRADE:\s*(RIGHT|WRONG|NO ANSWER)", re.IGNORECASE)
-_GRADES_ITSELF = re.compile(r"\bgrade\W{0,6}(?:right|wrong|no\W+answer)\b", re.IGNORECASE)
+_OWN_GRADE = re.compile(r"\bgrade\W*[:=]\W*(?:right|wrong|no\s+answer)\b", re.IGNORECASE)
 _MARGINS = " \t*_`#>."
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _LONGEST_QUESTION = 300
@@ -275,7 +277,7 @@ class ChatQuiz:
             ChatError: the model gave no answer, or too few of its answers hold a grade.
         """
         pairs = list(zip(questions, replies, strict=True))
-        gradable = [i for i, pair in enumerate(pairs) if not self._flaw(*pair)]
+        gradable = [i for i, (question, reply) in enumerate(pairs) if not _flaw(question, reply)]
         self.counts["degenerate"] += len(pairs) - len(gradable)
         chats = [self._grading(*pairs[i]) for i in gradable]
         found = self._ask(chats, _GRADE_REPAIR, lambda _, answer: read_grade(answer), "repaired")
@@ -353,13 +355,6 @@ class ChatQuiz:
         }
         return _chat(_GRADE.format(data=_DATA), _GRADE_ASK, material)
 
-    def _flaw(self, question: Question, reply: str) -> str:
-        """Return why a reply is not shown to the grader, or ""."""
-        if _GRADES_ITSELF.search(reply):
-            return "addresses the grader"
-        text = _find(self._personas, question.persona).text
-        return find_plain_flaw(reply, question.text, text, ())
-
     def _stop_if_unreadable(self, found: Sequence[str | None]) -> None:
         unreadable = sum(grade is None for grade in found)
         self.counts["unreadable"] += unreadable
@@ -397,6 +392,16 @@ def read_grade(answer: str) -> str | None:
     return found[1].lower() if len(given) == 1 else None
 
 
+def _flaw(question: Question, reply: str) -> str:
+    """Return why a reply is no answer whatever it says, or "" if it may be one."""
+    # Invisible characters and wide letters must not hide what a model reads all the same.
+    plain = "".join(c for c in unicodedata.normalize("NFKC", reply) if category(c) != "Cf")
+    if _OWN_GRADE.search(plain):
+        return "grades itself"
+    # Words of the persona's text are welcome here, so there is none to compare with.
+    return find_plain_flaw(reply, question.text, "", ())
+
+
 def _is_fair(question: str, truth: str, background: str) -> bool:
     """Return whether the text tells the answer, in few words, and the question does not."""
     words = _words(truth)
@@ -410,7 +415,10 @@ def _is_fair(question: str, truth: str, background: str) -> bool:
 
 def _tells(text: str, truth: str, telling: Sequence[str]) -> bool:
     """Return whether a text holds the answer, as it stands or all its telling words."""
-    return set(telling) <= set(_words(text)) or truth.casefold() in text.casefold()
+    if set(telling) <= set(_words(text)):
+        return True
+    # Not every script puts blanks between its words.
+    return not truth.isascii() and truth.casefold() in text.casefold()
 
 
 def _words(text: str) -> list[str]:

@@ -68,12 +68,11 @@ def _prefixes(
             f"{roles[:6]}, not system, user, assistant, user, ..."
         )
     system = messages[0]["content"]
-    text = system.removeprefix(domain.setting).strip()
     persona = known.get(name)
-    if persona is None or persona.text != text:
+    if persona is None or domain.system_prompt(persona) != system:
+        text = system.removeprefix(domain.setting).strip()
         # the same persona is one object: judges use it as a key
-        key = f"{name}\n{text}"
-        persona = known.setdefault(key, Persona(name, domain.name, text))
+        persona = known.setdefault(f"{name}\n{text}", Persona(name, domain.name, text))
     lines = [message["content"] for message in messages[1:]]
     turns = tuple(Turn(lines[i], lines[i + 1]) for i in range(0, len(lines) - 1, 2))
     return [

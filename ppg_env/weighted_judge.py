@@ -67,7 +67,7 @@ class WeightedJudge:
             if not isinstance(key, str) or not key:
                 raise AttributeError(f"its part {name!r}, a {type(judge).__name__}, has none")
             keys.append([name, self.weights[name], key])
-        return f"WeightedJudge/{json.dumps(keys)}"
+        return f"WeightedJudge/1/{json.dumps(keys)}"
 
     @property
     def remote(self) -> bool:

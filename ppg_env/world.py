@@ -62,8 +62,8 @@ class World:
 
     Args:
         domain: a name or a Domain.
-        personas: None (bundled training split), a split name, "all", a JSONL path, or Persona
-            objects.
+        personas: None (bundled training split), a split name, "all", a persona file (see
+            personas.py), or Persona objects.
         partner: "scripted", "openai:MODEL@URL", "hf:FOLDER", or a Partner.
         judge: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER", or a Judge.
         max_turns: agent turns after which a dialogue ends.

@@ -87,7 +87,9 @@ THROUGH_THE_WALL = {"agents/cli.py", "agents/nano/make.py"}
 
 STANDARD_LIBRARY_ONLY = {"ppg_env/dialogue.py"}
 WORLD_THIRD_PARTY = {"numpy", "gymnasium"}
-WORLD_THIRD_PARTY_LATE = {"torch", "transformers", "openai", "datasets"}  # inside functions only
+WORLD_THIRD_PARTY_LATE = {  # inside functions only
+    *("torch", "transformers", "openai", "tenacity", "jinja2", "datasets"),
+}
 ONE_OWNER = {
     "matplotlib": {"agents/report.py"},
     "stable_baselines3": {"agents/sb3.py"},

@@ -116,7 +116,7 @@ def test_a_record_with_a_text_may_have_further_fields(tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "meant"),
-    [("fact", "facts"), ("Facts", "facts"), ("trait", "traits"), ("spilt", "split")],
+    [("fact", "facts"), ("FACTS", "facts"), ("trait", "traits"), ("spilt", "split")],
 )
 def test_a_further_field_that_looks_misspelt_is_named(tmp_path, field, meant):
     record = {"id": "free", "text": "You are Ada.", field: {}}
@@ -127,14 +127,14 @@ def test_a_further_field_that_looks_misspelt_is_named(tmp_path, field, meant):
 def test_two_personas_with_one_text_are_one_too_many(tmp_path):
     text = "You are Ada."
     records = [{"id": name, "text": text} for name in ("a", "b")]
-    path = write(
-        tmp_path / "own.jsonl", *records, {"id": "c", "text": text, "facts": GOOD["facts"]}
-    )
+    guarded = {"id": "c", "text": text, "traits": {"guardedness": "guarded"}}
+    factual = {"id": "d", "text": text, "facts": GOOD["facts"]}
+    path = write(tmp_path / "own.jsonl", *records, guarded, factual)
     with pytest.raises(
         PersonaFileError, match="line 2: field 'text': the same text as 'a'"
     ) as caught:
         load_personas(path, "therapy")
-    assert [persona.id for persona in caught.value.personas] == ["a", "c"]
+    assert [persona.id for persona in caught.value.personas] == ["a", "c", "d"]
 
 
 @pytest.mark.parametrize(
@@ -298,6 +298,22 @@ def test_published_personas_load_as_they_are(tmp_path, domain):
     assert [vars_of(p) for p in load_personas(path, domain)] == [vars_of(p) for p in people]
 
 
+def test_published_students_are_one_for_each_topic(tmp_path):
+    """The form repeats a description where it belongs to several topics."""
+    same = {"grade_level": "college", "description": "I learn by drawing."}
+    path = dump(tmp_path / "config.json", [["Rivers", same], ["Clouds", same]])
+    assert [p.id for p in load_personas(path, "education")] == ["config-0000", "config-0001"]
+
+
+def test_a_quoted_text_may_hold_line_breaks_as_they_are(tmp_path):
+    document = [
+        {"persona": '"Mia.\nShe bakes."', "name": "Mia"},
+        {"persona": "Ben.", "name": "Ben"},
+    ]
+    people = load_personas(dump(tmp_path / "config.json", document), "chatting")
+    assert [persona.text for persona in people] == ["Mia.\nShe bakes.", "Ben."]
+
+
 def test_numbered_texts_load_in_any_domain(tmp_path):
     path = dump(
         tmp_path / "sampled.json", {"persona_7": "I cannot sleep.", "persona_3": '"I run."'}
@@ -447,10 +463,10 @@ def test_an_environment_plays_published_personas(tmp_path, domain):
         return [Verdict(1.0, {}, "fine") for _ in transcripts]
 
     env = gym.make("PersonaDialogue-v0", domain=domain, personas=str(path), judge=judge)
-    observation, info = env.reset(seed=1)
-    assert info["persona_id"] in ("config-0000", "config-0001")
-    assert any(text in observation[0]["content"] for text in TEXTS[domain])
-    assert env.step("I see.")[1] == 1.0
+    observation, _ = env.reset(seed=1)
+    assert any(observation[0]["content"].endswith(text) for text in TEXTS[domain])
+    for line in ("I see.", "That is how it is.", "I bake on Sundays."):
+        assert env.step(line)[1] == 1.0
 
 
 @pytest.mark.skipif(not (FOLDER / "raw").is_dir(), reason="needs the Consistent-LLMs data set")
@@ -476,3 +492,18 @@ def test_the_published_files_load_whole(domain, name, people, texts):
     if domain == "chatting":
         assert not any(p.text.startswith('"') or "\\n" in p.text for p in loaded)
         assert all("\n" in p.text for p in loaded)
+
+
+@pytest.mark.parametrize(
+    "text", ["You are Ada.", "you like tea", "Your name is Ada.", '"You are Ada."']
+)
+def test_a_text_that_addresses_the_agent_is_its_system_message_as_it_is(text: str) -> None:
+    domain = get_domain("chatting")
+    assert domain.system_prompt(Persona("a", "chatting", text)) == f"{domain.setting} {text}"
+
+
+@pytest.mark.parametrize("text", ["I am Ada.", "Meet Ada, a nurse.", "Young Ada likes tea."])
+def test_a_text_that_does_not_is_introduced_as_a_description_of_the_agent(text: str) -> None:
+    domain = get_domain("chatting")
+    told = domain.system_prompt(Persona("a", "chatting", text))
+    assert told.startswith(domain.setting) and "describes you" in told and told.endswith(text)

@@ -86,6 +86,11 @@ def test_a_verdict_at_the_end_is_read(ending):
     assert strict(f"A nurse would not say so.\n{swapped}") is False
 
 
+def test_a_line_of_its_own_needs_no_full_stop_before_it():
+    assert strict("A nurse may say so\n\nno") is True
+    assert strict("A nurse would not say so\n- yes") is False
+
+
 def _swap(found):
     other = {"yes": "no", "no": "yes"}[found[0].lower()]
     return other.upper() if found[0].isupper() else other
@@ -114,7 +119,7 @@ def _swap(found):
         "YES or is it NO?",
         *("YES. NO.", "YES NO", "YES\n\nNO", "**YES**\n\n**NO**", "NO (YES)", "YES/NO.", "NO-YES"),
         "YES\nThe two sides:\nNO\nThat is all.",
-        "YES, the line does not contradict the background.",  # what it means is anybody's guess
+        "YES, a nurse may well say so.",  # what it means is anybody's guess
         "So YES (it fits)",
         "NO, it fits.",
         "YESTERDAY",
@@ -154,10 +159,14 @@ def test_the_published_score_counts_whatever_holds_no_yes():
         ("[1]\n[3]", None),
         ("They clash with [1] and [3]", None),
         ("They clash with [1] [3]", None),
+        ("They clash with [1] []", None),
         ("See [1, 3] for the same thought.", None),
         ("They fit ([5, 3]). No clash.", None),
         *((text, None) for text in ("", "They fit.", "[None]", "[one]", "[1, None]", "[-1]")),
-        *((text, None) for text in ("[1.0]", "[1, 3", "1, 3]", "[1,]", "[,]", "[1 3]", "[²]")),
+        *(
+            (text, None)
+            for text in ("[1.0]", "[1, 3", "1, 3]", "[1,]", "[,]", "[1 3]", "[²]", "[٣]")
+        ),
         (f"[{'9' * 5000}]", None),
     ],
 )
@@ -175,6 +184,7 @@ def test_conflicts_are_read_from_a_list_at_the_end(answer, conflicts):
         ("[2 is the other's line]\n\n[3]", []),
         ("[None]", []),
         ("[1, None]", []),
+        ("[²]", []),
         (f"[{'9' * 5000}]", []),
     ],
 )
@@ -277,6 +287,14 @@ def test_the_command_prints_markdown_or_json(folder, capsys):
     assert shown[0]["difference"] == pytest.approx(20)
 
 
+def test_a_folder_of_nothing_but_the_other_way_round_has_an_empty_total(tmp_path, capsys):
+    write(tmp_path, "therapy/exp/x.json", dialogue(["YES"], P1_prompt_consistency_score=1.0))
+    main([str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)[-1]["judged"] == 0
+    main([str(tmp_path)])
+    assert "| total | 0 | 0.0 % |" in capsys.readouterr().out
+
+
 def test_a_folder_with_nothing_judged_is_refused(tmp_path, capsys):
     with pytest.raises(ValueError, match="no judged dialogues"):
         table(tmp_path)
@@ -292,6 +310,13 @@ def test_a_file_of_another_kind_is_named(tmp_path, text):
     write(tmp_path, "therapy/exp/x.json")
     (tmp_path / "therapy/exp/x.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.json is no dialogue file"):
+        table(tmp_path)
+
+
+def test_a_copy_that_is_cut_off_is_named(tmp_path):
+    whole = gzip.compress(b"{}" * 1000)
+    (tmp_path / "dev.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"dev\.jsonl\.gz is no dialogue file"):
         table(tmp_path)
 
 
@@ -361,7 +386,7 @@ def test_the_sample_holds_hashes_and_labels_of_200_answers():
 def test_strict_reads_the_sample_as_a_careful_reader_does_or_errs_in_known_ways():
     """Never wrong about a clear answer.
 
-    It gives none where the verdict opens a remark ("YES (slightly)"), which happens in one file
+    It gives none where the verdict opens a remark ("YES (a little)"), which happens in one file
     only, and takes a verdict at its word where the explanation says that there was nothing to
     judge, or says the opposite.
     """

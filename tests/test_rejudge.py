@@ -92,9 +92,7 @@ def test_a_persona_that_nobody_knows_is_made_from_what_the_agent_was_told() -> N
         ppg_env.get_domain("therapy").setting + " "
     )
     assert not first.facts and first is second
-    with pytest.raises(
-        ValueError, match=r"cannot judge persona 'from elsewhere'.*openai"
-    ):
+    with pytest.raises(ValueError, match=r"cannot judge persona 'from elsewhere'.*openai"):
         list(rejudge([record], RuleJudge(ppg_env.get_domain("therapy")), "therapy"))
 
 

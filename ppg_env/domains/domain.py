@@ -8,6 +8,7 @@ valued.
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ CORRECTIONS = (
 )
 AGREEMENTS = ("Yes, ", "Of course, ", "Exactly, ")
 REPEAT_OVERLAP = 0.8
+_SECOND_PERSON = re.compile(r"\W*you(?:r|'re|’re)?\b", re.IGNORECASE)
 
 
 def choose(rng: np.random.Generator, options: Sequence[T]) -> T:
@@ -197,8 +199,17 @@ class Domain:
         return AnswerDynamics()
 
     def system_prompt(self, persona: Persona) -> str:
-        """Return the system message: who the agent is."""
-        return f"{self.setting} {persona.text}"
+        """Return the system message: who the agent is.
+
+        A free text that does not address the agent ("I am ...", "Meet Ada, ...") is introduced as
+        a description of it; otherwise it would read as one of the partner.
+        """
+        if persona.facts or _SECOND_PERSON.match(persona.text):
+            return f"{self.setting} {persona.text}"
+        return (
+            f"{self.setting} The following text describes you, whoever wrote it; speak as the "
+            f"person it describes.\n\n{persona.text}"
+        )
 
     def partner_prompt(self, persona: Persona) -> str:
         """Return the system message of a language model that plays the partner; no secrets."""

@@ -96,7 +96,7 @@ _WORD = re.compile(rf"{_SINGLE}|(?:(?!{_SINGLE})[^\W_])+(?:['’](?:(?!{_SINGLE}
 _IS_SINGLE = re.compile(_SINGLE)
 _FORM = r"|`*#=<>~+\\/_-"
 """Characters of forms and tables; other symbols may come many times running, for emphasis."""
-_LONG_RUN = re.compile(rf"([{_FORM}])\1{{7,}}|_{{5,}}|([^\w\s])\2{{29,}}")
+_LONG_RUN = re.compile(rf"([{_FORM}])(?:\s*\1){{7,}}|_{{5,}}|([^\w\s])\2{{29,}}")
 _EMPHASIS = re.compile(rf"([^\w\s{_FORM}])\1{{3,}}")
 MARKUP = re.compile(r"<[|｜][^<>|｜]*[|｜]>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
 _OWN_VERDICT = re.compile(
@@ -108,9 +108,11 @@ _SQUEEZED = 0.22
 """Text that compresses to less than this share says the same again and again."""
 SYMBOL_SHARE = 0.35
 """Letters and digits are at least this share of a line's characters."""
-PLAIN_ECHO_OVERLAP = 0.9
-"""Higher than ECHO_OVERLAP: a full answer holds most of the question ("I like to read about ...")."""
+PLAIN_ECHO_OVERLAP, SHORT_ECHO_OVERLAP = 0.8, 0.9
+"""The second below eight words: "It is nice to meet you too." """
 REPEAT_OVERLAP = 0.8
+_SENTENCE_MARKS = re.compile(r"([.!?…。！？؟]+)")
+_ASKS = re.compile(r"[?？؟]")
 _RUNS = ((1, 6), (2, 4), (3, 4), (4, 4), *((size, 3) for size in range(5, 13)))
 """(words, how often running): more than anybody says for emphasis."""
 
@@ -142,7 +144,7 @@ def find_plain_flaw(line: str, partner: str, persona: str, earlier: Sequence[str
     ):
         return "repeats itself"
     size, pairs = _size(words), _pairs(words)
-    if size >= 5 and len(pairs & _pairs(_words(partner))) >= PLAIN_ECHO_OVERLAP * len(pairs):
+    if size >= 5 and _parrots(line, size, pairs, partner):
         return "echoes the partner"
     if size >= 8 and len(pairs & _pairs(_words(persona))) >= COPY_OVERLAP * len(pairs):
         return "copies out the persona"
@@ -184,6 +186,23 @@ def _size(words: Sequence[str]) -> float:
 
 def _pairs(words: Sequence[str]) -> set[tuple[str, str]]:
     return set(pairwise(words))
+
+
+def _parrots(line: str, size: float, pairs: set[tuple[str, str]], partner: str) -> bool:
+    """Return whether a line gives back what the partner said.
+
+    A full answer holds nearly all of the question ("Do you like to read?" "I like to read."), so
+    that questions count only where all of the line is in them, or the line is a question too.
+    """
+    heard = _words(partner)
+    if pairs <= _pairs(heard):
+        return True
+    if not _ASKS.search(line):
+        *parts, rest = _SENTENCE_MARKS.split(partner)
+        told = [s for s, end in zip(parts[::2], parts[1::2], strict=True) if not _ASKS.search(end)]
+        heard = _words(" ".join([*told, rest]))
+    overlap = SHORT_ECHO_OVERLAP if size < 8 else PLAIN_ECHO_OVERLAP
+    return len(pairs & _pairs(heard)) >= overlap * len(pairs)
 
 
 def _says_the_same(words: list[str], pairs: set[tuple[str, str]], other: list[str]) -> bool:
