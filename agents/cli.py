@@ -22,6 +22,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import ppg_env
+from ppg_env.quiz import ChatQuiz, FactQuiz
+from ppg_env.world import World
 
 from .compare import Cell, CompareConfig, cells, compare
 from .credit import parse_credit
@@ -61,6 +63,9 @@ class EvaluateConfig:
     """Who scores: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
     verdict_cache: str | None = None
     """SQLite file that keeps the judge's verdicts, for this run and later ones."""
+    quiz: str | None = None
+    """Ask the agent about its persona after each dialogue: "facts" (by rule), or a language model
+    that writes and grades the questions: "openai:MODEL@URL", "hf:FOLDER"."""
     seed: int = 10_000
     """Seeds dialogues and sampling."""
 
@@ -209,6 +214,7 @@ def evaluate_agent(c: EvaluateConfig) -> None:
         episodes_per_persona=c.episodes,
         seed=c.seed,
         deterministic=c.deterministic,
+        quiz=_quiz(c.quiz, envs.unwrapped.world),  # type: ignore[attr-defined]
     )
     table = Table(title=f"{c.agent} in {c.domain}, {len(found.persona_reward)} personas")
     table.add_column("metric")
@@ -221,6 +227,15 @@ def evaluate_agent(c: EvaluateConfig) -> None:
     for name, part_T in found.part_T.items():
         by_turn = "  ".join(f"{part:.2f}" for part in part_T)
         console.print(f"{name} by turn: {by_turn}", highlight=False)
+
+
+def _quiz(spec: str | None, world: World) -> FactQuiz | ChatQuiz | None:
+    """Return the quiz that `spec` names, about the world's personas."""
+    if spec is None:
+        return None
+    if spec == "facts":
+        return FactQuiz(world.domain, world.personas)
+    return ChatQuiz(ppg_env.open_chat(spec), world.domain, world.personas)
 
 
 def play(c: PlayConfig) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from .policy import Messages, Policy
+from .quiz import Quiz, evaluate_quiz
 from .rollout import RolloutBatch, collect_rollouts
 
 NUM_RESAMPLES = 2000
@@ -47,7 +48,8 @@ class Evaluation:
     Attributes:
         metrics: "reward" (mean per turn), "drift" (change of the reward per turn of the dialogue),
             "prompt_to_line_drift" (the same of the consistency with the persona), every part by
-            name, "degenerate_rate" if the judge tells it; means of persona means.
+            name, "degenerate_rate" if the judge tells it, "qa" ... of a quiz; means of persona
+            means.
         reward_T: mean reward of each turn.
         part_T: mean of each part of the reward at each turn, NaN where nothing could be checked.
         persona_reward: mean reward per turn of each persona, for paired comparisons.
@@ -76,6 +78,7 @@ def evaluate_policy(
     episodes_per_persona: int = 1,
     seed: int = 0,
     deterministic: bool = False,
+    quiz: Quiz[Any] | None = None,
 ) -> Evaluation:
     """Let `policy` speak whole dialogues as each persona and return what came of it.
 
@@ -86,6 +89,8 @@ def evaluate_policy(
         episodes_per_persona: dialogues a persona, with different openings and partner seeds.
         seed: of dialogues and sampling; the same seed meets every policy with the same partners.
         deterministic: the most likely line instead of a sampled one.
+        quiz: asks the agent about its persona after each dialogue; adds the metrics of
+            quiz.evaluate_quiz.
 
     Raises:
         ValueError: if there are no personas to evaluate on.
@@ -109,11 +114,16 @@ def evaluate_policy(
             keep_tokens=False,
         )
         batches.append((batch, len(chunk)))
-    return _summary(batches, np.array(wanted), seed)
+    spoken = [transcript for batch, kept in batches for transcript in batch.transcripts[:kept]]
+    answered = {} if quiz is None else evaluate_quiz(policy, spoken, wanted, quiz, seed=seed)
+    return _summary(batches, np.array(wanted), seed, answered)
 
 
 def _summary(
-    batches: Sequence[tuple[RolloutBatch, int]], persona_E: np.ndarray, seed: int
+    batches: Sequence[tuple[RolloutBatch, int]],
+    persona_E: np.ndarray,
+    seed: int,
+    answered: Mapping[str, np.ndarray],
 ) -> Evaluation:
     num_turns = max(batch.reward_BT.shape[1] for batch, _ in batches)
 
@@ -136,6 +146,7 @@ def _summary(
         columns["prompt_to_line_drift"] = drift_slopes(parts["prompt_to_line"])
     if "well_formed" in columns:
         columns["degenerate_rate"] = 1.0 - columns.pop("well_formed")
+    columns |= answered
 
     names, by_persona = np.unique(persona_E, return_inverse=True)
     means = {name: _group_means(column, by_persona) for name, column in columns.items()}

@@ -259,8 +259,8 @@ _ADVERBS = frozenset(
     "all yourself".split()
 )
 _PREPOSITIONS = frozenset(
-    "about above against among around at behind beside besides between by for from in into near "
-    " of off on onto over through to towards toward under upon with without".split()
+    "about above against among around at behind beside besides between by for from in into near of "
+    "off on onto over through to towards toward under upon with without".split()
 )
 _CONJUNCTIONS = frozenset(
     "after although and as because before but how if nor once or since so than that though unless "
@@ -424,9 +424,14 @@ def _load(model: str | Path, device: str) -> tuple[PreTrainedTokenizerBase, PreT
     except Exception as error:  # many kinds, from several packages
         raise ValueError(
             f"{str(model)!r} cannot be loaded as a model for sequence classification "
-            f"({type(error).__name__}: {str(error).strip():.300}). {remedy}, with its tokenizer "
-            "and its weights in the safetensors format."
+            f"({type(error).__name__}: {' '.join(str(error).split()):.300}). {remedy}, with its "
+            "tokenizer and its weights in the safetensors format."
         ) from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise ValueError(  # transformers makes an empty one where the files are missing
+            f"The tokenizer of {str(model)!r} knows no words: are its files missing? {remedy}, "
+            "with its tokenizer."
+        )
     missing = sorted(loading["missing_keys"])
     if missing:
         built = ", ".join(network.config.architectures or ["unknown architecture"])
@@ -455,8 +460,9 @@ def _label_indices(
             fitting = [index for index, label in named.items() if label.lower().startswith(stem)]
             if len(fitting) != 1:
                 raise ValueError(
-                    f"Which label of {str(model)!r} is {stem}...? Its labels are {named}. If it is "
-                    f"a model for natural language inference, {remedy} that its card tells."
+                    f"{str(model)!r} has not one label that begins with {stem!r}, but {named}. If "
+                    "it is a model for natural language inference under other names, "
+                    f"{remedy} that its card tells; else use one that is."
                 )
             chosen += fitting
         return chosen[0], chosen[1]

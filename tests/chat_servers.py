@@ -333,7 +333,7 @@ def serve(folder: str, port: str) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     from transformers.cli.transformers import main
 
-    options = ["--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+    options = ["--host", "127.0.0.1", "--port", port, "--device", "cpu", "--log-level", "error"]
     sys.argv = ["transformers", "serve", folder, *options]
     main()
 

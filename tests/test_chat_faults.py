@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gymnasium as gym
@@ -78,15 +79,18 @@ def ask(chat: OpenAIChat, number: int = 1) -> list[str]:
 
 @pytest.mark.slow
 def test_500_turns_with_30_percent_faults_are_the_turns_without_faults(server: ChatServer) -> None:
-    straight = OpenAIChat(server.model, server.url, concurrency=8)
-    expected, expected_reward_TN, _ = play(make_env(straight, straight, num_envs=64))
-
-    with FaultProxy(forward_to(server.address), Faults(0.3), delay=4.0) as proxy:
+    straight = OpenAIChat(server.model, server.url, concurrency=4)
+    with (
+        FaultProxy(forward_to(server.address), Faults(0.3), delay=4.0) as proxy,
+        ThreadPoolExecutor() as pool,
+    ):
+        without = pool.submit(play, make_env(straight, straight, num_envs=128, max_turns=4))
         chat = OpenAIChat(server.model, proxy.url, concurrency=8, timeout=2.0, budget=120.0)
-        transcripts, reward_TN, _ = play(make_env(chat, chat, num_envs=64))
+        transcripts, reward_TN, _ = play(make_env(chat, chat, num_envs=128, max_turns=4))
+        expected, expected_reward_TN, _ = without.result()
 
     assert reward_TN.size >= 500
-    assert all(len(transcript.turns) == 8 for transcript in transcripts)
+    assert all(len(transcript.turns) == 4 for transcript in transcripts)
     assert same_transcripts(transcripts, expected)
     np.testing.assert_array_equal(reward_TN, expected_reward_TN)
     assert proxy.share_broken >= 0.25
@@ -118,15 +122,15 @@ def test_faults_change_nothing_in_a_sampled_run_either(seed: int) -> None:
 
 
 def waver(request: dict[str, Any]) -> str:
-    """Answer as `answer` does, but begin with the wrong verdict where the right one is bad."""
+    """Answer as `answer` does, but the first half of a bad verdict is a good one."""
     chat = request["messages"]
     text = answer(chat)
     if not text.endswith("CONTRADICTS"):
         return text
     if len(chat) > 2:  # asked for the last line once more
         return "VERDICT: CONTRADICTS"
-    doubts = "But on the other hand I have some doubts about that. " * 2
-    return f"At first sight it fits.\nVERDICT: CONSISTENT\n{doubts}\nVERDICT: CONTRADICTS"
+    first_half = "At first sight it fits.\nVERDICT: CONSISTENT"
+    return first_half + "\nVERDICT: CONTRADICTS".rjust(len(first_half), "?")
 
 
 def test_an_answer_cut_at_the_token_limit_never_makes_a_reward() -> None:
@@ -346,7 +350,7 @@ def test_a_port_where_nobody_listens_is_given_up_with_a_question() -> None:
 
 def echo_secrets() -> Answer:
     async def echo(request: Request) -> Reply:
-        key = request.headers.get("authorization", "")
+        key = request.headers["authorization"].removeprefix("Bearer ")
         return Reply(401, f'{{"error": {{"message": "bad key {key}"}}}}'.encode())
 
     return echo

@@ -498,12 +498,12 @@ def test_the_published_files_load_whole(domain, name, people, texts):
     "text", ["You are Ada.", "you like tea", "Your name is Ada.", '"You are Ada."']
 )
 def test_a_text_that_addresses_the_agent_is_its_system_message_as_it_is(text: str) -> None:
-    domain = get_domain("chatting")
+    domain = DOMAINS["chatting"]
     assert domain.system_prompt(Persona("a", "chatting", text)) == f"{domain.setting} {text}"
 
 
 @pytest.mark.parametrize("text", ["I am Ada.", "Meet Ada, a nurse.", "Young Ada likes tea."])
 def test_a_text_that_does_not_is_introduced_as_a_description_of_the_agent(text: str) -> None:
-    domain = get_domain("chatting")
+    domain = DOMAINS["chatting"]
     told = domain.system_prompt(Persona("a", "chatting", text))
     assert told.startswith(domain.setting) and "describes you" in told and told.endswith(text)
