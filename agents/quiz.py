@@ -92,7 +92,7 @@ def evaluate_quiz(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     prepare: Callable[[Sequence[str]], None] | None = getattr(quiz, "prepare", None)
     if prepare is not None:
-        prepare(list(dict.fromkeys(personas)))
+        prepare(personas)
     asked = [(e, question) for e, name in enumerate(personas) for question in quiz.questions(name)]
 
     def ask(histories: Sequence[Messages]) -> list[str | None]:

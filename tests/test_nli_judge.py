@@ -82,6 +82,12 @@ def bart_sizes():
     return {**sizes(), **width, **heads, **inner, **ends}
 
 
+def xlnet_sizes():
+    shared = {name: sizes()[name] for name in ("vocab_size", "pad_token_id", "id2label")}
+    width = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}
+    return {**shared, **width, "label2id": dict(NAMES), "initializer_range": 0.5}
+
+
 ARCHITECTURES = {
     "bert": lambda: BertForSequenceClassification(BertConfig(**sizes(initializer_range=0.5))),
     "roberta": lambda: RobertaForSequenceClassification(
@@ -94,9 +100,7 @@ ARCHITECTURES = {
     "llama without padding": lambda: LlamaForSequenceClassification(
         LlamaConfig(**sizes(initializer_range=0.5, num_key_value_heads=2, pad_token_id=None))
     ),
-    "xlnet": lambda: XLNetForSequenceClassification(
-        XLNetConfig(**sizes(d_model=32, n_layer=2, n_head=4, d_inner=48, initializer_range=0.5))
-    ),
+    "xlnet": lambda: XLNetForSequenceClassification(XLNetConfig(**xlnet_sizes())),
 }
 
 
@@ -120,18 +124,20 @@ def relation(premise, hypothesis):
 def trained():
     """Return a BERT that knows of all sentences above what follows and what contradicts."""
     torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig(**sizes(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    )
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(**sizes(initializer_range=0.5, **no_dropout)))
     facts = [sentence for topic in TOPICS for sentence in topic]
     pairs = list(itertools.product(facts, facts + SMALL_TALK))
     inputs = tokenizer()(*map(list, zip(*pairs, strict=True)), padding=True, return_tensors="pt")
     target = torch.tensor([NAMES[relation(*pair)] for pair in pairs])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(500):
         optimizer.zero_grad()
-        model(**inputs, labels=target).loss.backward()
+        loss = model(**inputs, labels=target).loss
+        loss.backward()
         optimizer.step()
+        if loss < 0.005:
+            break
     return model.eval()
 
 
@@ -213,7 +219,7 @@ def test_a_higher_threshold_believes_less(folder):
     assert [verdict(strict, line).parts["prompt_to_line"] for line in lines] == [None, None]
 
 
-@pytest.mark.parametrize("order", itertools.permutations(NAMES))
+@pytest.mark.parametrize("order", list(itertools.permutations(NAMES)))
 def test_the_order_and_case_of_the_labels_do_not_matter(tmp_path, judge, order):
     model = copy.deepcopy(trained())
     rows = [NAMES[name] for name in order]
@@ -552,9 +558,7 @@ SENTENCES = {
     "You eat eggs, etc. and more.": ["You eat eggs, etc. and more."],
     "You like 3.5 stars.": ["You like 3.5 stars."],
     'You say "no." You leave.': ['You say "no."', "You leave."],
-    "- You ski\n\n * You sing\n2) 1. 2 cats\n3.5 stars": [
-        *("You ski", "You sing", "1. 2 cats", "3.5 stars")
-    ],
+    "- You ski\n\n * You sing\n2) a cat\n3.5 stars": ["You ski", "You sing", "a cat", "3.5 stars"],
     "你是护士。你住在奥斯陆。": ["你是护士。", "你住在奥斯陆。"],
     " \n...\n 7. ": [],
 }

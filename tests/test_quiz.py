@@ -418,6 +418,14 @@ def test_a_partners_line_that_nobody_answered_gives_way_to_the_question(
         ]
 
 
+def test_before_a_dialogue_without_a_system_message_there_is_only_the_question() -> None:
+    heard: list[Messages] = []
+    policy = ScriptedPolicy(lambda messages: heard.append(messages) or "Well.")  # type: ignore[func-returns-value]
+    talk = dialogue(made("therapy"), "Hello!", "Hi.")[1:]
+    evaluate_quiz(policy, [talk], ["first"], SomeQuiz([None] * 4))
+    assert [len(messages) for messages in heard] == [3, 3, 1, 1]
+
+
 def test_without_asking_before_half_the_questions_and_metrics_are_saved() -> None:
     policy, quiz, personas = knowing("chatting", truth)
     talks = [dialogue(persona, "Hello!", "Hi.") for persona in personas]
