@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from .policy import Messages, Policy
-from .rollout import _speaker
+from .rollout import speaker_for
 
 # Keeps the answers' randomness apart from that of the dialogues with the same seed.
 _QUIZ_STREAM = 0x9A
@@ -146,7 +146,7 @@ def _answers(
     replies: list[str | None] = []
     for start in range(0, len(observations), batch_size):
         part = observations[start : start + batch_size]
-        speaker = _speaker(policy, len(part), seed, start)
+        speaker = speaker_for(policy, len(part), seed, start)
         texts = speaker.reply(part, np.ones(len(part), dtype=bool), deterministic)
         spoke = speaker.spoke_B
         replies += [text if said else None for text, said in zip(texts, spoke, strict=True)]

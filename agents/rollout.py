@@ -222,7 +222,7 @@ def collect_rollouts(
     """
     start = time.perf_counter()
     size = envs.num_envs
-    speaker = _speaker(policy, size, seed, first_slot)
+    speaker = speaker_for(policy, size, seed, first_slot)
     first_group = first_slot // (options or {}).get("group_size", 1)
     observations, infos = envs.reset(
         seed=None if seed is None else seed + first_group,
@@ -293,7 +293,7 @@ def agent_generators(
     return [np.random.default_rng(child) for child in sequence.spawn(number)]
 
 
-def _speaker(
+def speaker_for(
     policy: Policy | _BatchPolicy, size: int, seed: int | None, first_slot: int
 ) -> _Speaker:
     if isinstance(policy, _BatchPolicy):

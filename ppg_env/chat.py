@@ -290,7 +290,9 @@ class OpenAIChat:
 
         with self._lock:
             if self._client is None or self._client[0] != os.getpid():
-                key = os.environ.get(self.api_key_env) or _NO_KEY
+                key = os.environ.get(self.api_key_env, "").strip() or _NO_KEY
+                if not (key.isascii() and key.isprintable()):
+                    raise ValueError(f"the key in {self.api_key_env} holds more than ASCII letters")
                 client = openai.OpenAI(base_url=self.url, api_key=key, max_retries=0)
                 self._client = (os.getpid(), client)
             return self._client[1]
@@ -376,7 +378,7 @@ class TransformersChat:
 
     def __init__(self, model: str, *, device: str = "auto", batch_size: int = 16) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -393,6 +395,11 @@ class TransformersChat:
             )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        ends = network.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
+        network.generation_config = GenerationConfig()  # a model's own may bend its probabilities
         self.network = network.eval().to(device)
         self.batch_size = batch_size
         self.name = f"hf:{model}"
@@ -442,17 +449,13 @@ class TransformersChat:
         from transformers import GenerationConfig, LogitsProcessorList
 
         padded = self.tokenizer.pad({"input_ids": list(prompts)}, return_tensors="pt")
-        ends = self.network.generation_config.eos_token_id
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        ends = [ends] if isinstance(ends, int) else list(ends or [])
         processors = LogitsProcessorList()
         if temperature > 0:
             processors.append(_gumbel_noise(seeds, temperature))
         settings = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,
-            eos_token_id=ends or None,
+            eos_token_id=self._ends or None,
             pad_token_id=self.tokenizer.pad_token_id,
         )
         with torch.inference_mode():
@@ -464,7 +467,7 @@ class TransformersChat:
         answers = output_BL[:, padded["input_ids"].shape[1] :].tolist()
         completions = []
         for answer in answers:
-            stops = [i for i, token in enumerate(answer) if token in ends]
+            stops = [i for i, token in enumerate(answer) if token in self._ends]
             said = answer[: stops[0]] if stops else answer
             text = self.tokenizer.decode(said, skip_special_tokens=True)
             completions.append(without_thoughts(text, finished=bool(stops)))
@@ -567,7 +570,10 @@ def require_chat_packages() -> None:
 
 
 class _UnusableAnswerError(Exception):
-    """The server answered 200, and what it sent is no chat completion."""
+    """The server answered 200, and what it sent is no chat completion.
+
+    Quotes more than is told in the end: a key that was cut in two could not be found any more.
+    """
 
 
 def _read(body: bytes) -> Completion:
@@ -585,12 +591,12 @@ def _read(body: bytes) -> Completion:
         elsewhere = any(message.get(name) for name in ("refusal", "reasoning_content", "reasoning"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _UnusableAnswerError(
-            f"the answer is no chat completion ({type(error).__name__}): {body[:80]!r}"
+            f"the answer is no chat completion ({type(error).__name__}): {body[:2000]!r}"
         ) from None
     if text is None and (elsewhere or reason in ("length", "content_filter")):
         return Completion("", False)  # it refused, or all its tokens went into thoughts
     if not isinstance(text, str):
-        raise _UnusableAnswerError(f"the answer's content is {text!r:.40}")
+        raise _UnusableAnswerError(f"the answer's content is {text!r:.2000}")
     return without_thoughts(text, finished=reason in ("stop", "eos", "eos_token", None))
 
 
@@ -635,7 +641,8 @@ def _retry_after(error: BaseException | None) -> float:
 
 def _refused_field(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str:
     """Return which field the server does not take, of those that one can do without; else ""."""
-    text = str(error.message).replace(str(sent["model"]), "").lower()
+    model = rf"(?<![\w-]){re.escape(str(sent['model']))}(?![\w-])"
+    text = re.sub(model, "", f"{error.message} {error.code}").lower()
     if not _UNKNOWN_FIELD.search(text):
         return ""
     there = [name for name in ("max_tokens", "seed", "temperature") if name in sent]

@@ -427,7 +427,7 @@ def _load(model: str | Path, device: str) -> tuple[PreTrainedTokenizerBase, PreT
             f"({type(error).__name__}: {' '.join(str(error).split()):.300}). {remedy}, with its "
             "tokenizer and its weights in the safetensors format."
         ) from error
-    if False:
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise ValueError(  # transformers makes an empty one where the files are missing
             f"The tokenizer of {str(model)!r} knows no words: are its files missing? {remedy}, "
             "with its tokenizer."

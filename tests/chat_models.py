@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fault_proxy import FaultProxy, Reply, Request, completion
@@ -72,11 +72,16 @@ def dialogue(*turns: tuple[str, str], persona: Persona | None = None) -> Transcr
     return Transcript(persona, persona.text, tuple(Turn(*turn) for turn in turns), None, 8)
 
 
-def endpoint(answer: Callable[[Request], Reply | str]) -> FaultProxy:
+Answered = Reply | str
+
+
+def endpoint(answer: Callable[[Request], Answered | Awaitable[Answered]]) -> FaultProxy:
     """Return an HTTP server that answers each request as the test says; a text is a completion."""
 
     async def reply(request: Request) -> Reply:
         answered = answer(request)
+        if isinstance(answered, Awaitable):
+            answered = await answered
         return completion(answered) if isinstance(answered, str) else answered
 
     return FaultProxy(reply)

@@ -330,14 +330,26 @@ def test_a_batch_of_transcripts_is_judged_like_each_of_them(judge):
     assert judge([]) == []
 
 
-def test_equal_questions_are_asked_once(folder, monkeypatch):
+def test_equal_questions_are_asked_once_and_empty_ones_never(folder, monkeypatch):
     judge = NLIJudge(folder, device="cpu", line_to_line=True)
     probabilities, asked = judge.probabilities, []
     monkeypatch.setattr(
         judge, "probabilities", lambda pairs: asked.append(len(pairs)) or probabilities(pairs)
     )
-    judge([said("I have a cat."), said("I have a dog.", "I have a cat."), said("I have a cat.")])
+    cat = "I have a cat."
+    judge([said(cat), said("I have a dog.", cat), said(cat), said("...", cat)])
     assert asked == [3 + 1]
+
+
+def test_short_pairs_are_not_padded_to_the_length_of_long_ones(folder):
+    judge, shapes = NLIJudge(folder, device="cpu", batch_size=2), []
+    judge.network.register_forward_pre_hook(
+        lambda network, given, named: shapes.append(tuple(named["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    short, long = ("a", "nurse"), ("i live in oslo", "i have no pets")
+    judge.probabilities([short, long, short, long])
+    assert shapes == [(2, 5), (2, 11)]
 
 
 def test_a_line_longer_than_the_context_is_cut(judge):
@@ -345,7 +357,10 @@ def test_a_line_longer_than_the_context_is_cut(judge):
     assert found.parts["well_formed"] == 1.0 and found.reward in (0.0, 1.0)
 
 
-def test_threads_get_the_same_verdicts(judge):
+def test_threads_get_the_same_verdicts_one_after_the_other(folder):
+    judge, busy, met = NLIJudge(folder, device="cpu"), threading.Lock(), []
+    judge.network.register_forward_pre_hook(lambda *_: met.append(not busy.acquire(timeout=0)))
+    judge.network.register_forward_hook(lambda *_: busy.release())
     batch = [said(line) for line in ("I am a cook.", "I have a cat.", "Hello there. " * 5)]
     expected, found = judge(batch), []
     threads = [
@@ -356,7 +371,7 @@ def test_threads_get_the_same_verdicts(judge):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [expected] * 40
+    assert found == [expected] * 40 and not any(met)
 
 
 def test_a_pickled_judge_judges_the_same_and_a_deep_copy_is_the_judge_itself(judge):
@@ -518,6 +533,7 @@ FIRST_PERSON = {
     "You have two brothers who are nurses.": "I have two brothers who are nurses.",
     "You know that they left and are rich.": "I know that they left and are rich.",
     "Your parents are nurses.": "My parents are nurses.",
+    "You think your parents are rich.": "I think my parents are rich.",
     "The friends around you are kind.": "The friends around me are kind.",
     # subject or object
     "Your wife left you.": "My wife left me.",
@@ -532,6 +548,7 @@ FIRST_PERSON = {
     "This week you study physics.": "This week I study physics.",
     "Deep down you fear poverty.": "Deep down I fear poverty.",
     "When you were ten, you moved.": "When I was ten, I moved.",
+    "If asked, you joke.": "If asked, I joke.",
     "You feel they look down on you.": "I feel they look down on me.",
     # what is left alone
     "I am a nurse and you like me.": "I am a nurse and you like me.",
