@@ -16,10 +16,14 @@ from .dialogue import Farewell, Messages, Persona, Transcript, Turn, Verdict
 from .domains import DOMAINS, Attribute, Domain, Phase, get_domain
 from .env import PersonaDialogueEnv
 from .judges import Judge, RuleJudge
+from .nli_judge import NLIJudge
 from .partners import ChatPartner, Partner, ScriptedPartner
 from .personas import PersonaFileError, bundled_personas, load_personas
 from .process import ActProcess
+from .quiz import ChatQuiz, FactQuiz
 from .vector_env import PersonaDialogueVectorEnv
+from .verdict_cache import CachedJudge
+from .weighted_judge import WeightedJudge
 from .wrappers import DiscreteReply
 
 __version__ = "0.1.0"
@@ -35,16 +39,20 @@ __all__ = [
     "DOMAINS",
     "ActProcess",
     "Attribute",
+    "CachedJudge",
     "ChatError",
     "ChatJudge",
     "ChatModel",
     "ChatPartner",
+    "ChatQuiz",
     "Completion",
     "DiscreteReply",
     "Domain",
+    "FactQuiz",
     "Farewell",
     "Judge",
     "Messages",
+    "NLIJudge",
     "OpenAIChat",
     "Partner",
     "Persona",
@@ -59,6 +67,7 @@ __all__ = [
     "Turn",
     "UnparsableJudgeError",
     "Verdict",
+    "WeightedJudge",
     "bundled_personas",
     "get_domain",
     "load_personas",

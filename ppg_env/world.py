@@ -28,9 +28,11 @@ from .dialogue import (
 )
 from .domains import Domain, get_domain
 from .judges import Judge, RuleJudge
+from .nli_judge import NLIJudge
 from .partners import ChatPartner, Partner, ScriptedPartner
 from .personas import check_facts, find_persona, resolve_personas
 from .spaces import DialogueMessages, Utterance
+from .verdict_cache import CachedJudge
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -341,8 +343,6 @@ def make_judge(
     elif is_chat_spec(judge):
         made = ChatJudge(open_chat(str(judge)), domain)
     elif isinstance(judge, str) and judge.startswith("nli:"):
-        from .nli_judge import NLIJudge
-
         made = NLIJudge(judge.removeprefix("nli:"), flaw=transcript_flaw)
     elif callable(judge):
         made = judge
@@ -353,8 +353,6 @@ def make_judge(
         )
     if verdict_cache is None:
         return made
-    from .verdict_cache import CachedJudge
-
     return CachedJudge(made, verdict_cache)
 
 
