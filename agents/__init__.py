@@ -28,8 +28,10 @@ from .credit import (
 from .policy import Policy, RandomPolicy, ScriptedPolicy
 
 if TYPE_CHECKING:
-    from .evaluate import Evaluation, evaluate_policy
+    from .evaluate import Evaluation, evaluate_policy, evaluate_steps
     from .lm_policy import LMPolicy
+    from .loading import load_policy
+    from .logs import read_log, split_by_persona, write_log
     from .ppg import FullPlanningAgent, GreedyAgent, KStepAgent, PPGAgent, SegmentAgent
     from .ppo import PPOAgent
     from .rollout import RolloutBatch, collect_rollouts
@@ -46,6 +48,11 @@ _LATE = {
     "SegmentAgent": "ppg",
     "collect_rollouts": "rollout",
     "evaluate_policy": "evaluate",
+    "evaluate_steps": "evaluate",
+    "load_policy": "loading",
+    "read_log": "logs",
+    "split_by_persona": "logs",
+    "write_log": "logs",
 }
 
 __all__ = [
@@ -73,10 +80,15 @@ __all__ = [
     "collect_rollouts",
     "credit_weights",
     "evaluate_policy",
+    "evaluate_steps",
     "generalized_advantages",
     "leave_one_out",
+    "load_policy",
     "parse_credit",
     "partial_returns",
+    "read_log",
+    "split_by_persona",
+    "write_log",
 ]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cached_property, lru_cache
+from hashlib import sha256
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +35,23 @@ class ChatFormat:
         """A valid id to fill up rows with; no result depends on it."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short hash of the tokenizer's entries."""
+        entries = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        return sha256(entries.encode()).hexdigest()[:16]
+
+    def line_ids(self, text: str) -> list[int]:
+        """Return the ids of a whole line of the agent, end mark included, as training reads it."""
+        said = self._special.sub("", text)
+        if self.opens_thought:  # nothing was thought
+            said = f"\n</think>\n\n{said}"
+        if self._mark_token is not None:
+            return [*self.encode(said), self._mark_token]
+        if self.text_mark is not None:
+            return self.encode(said + self.text_mark)
+        return [*self.encode(said), int(self.tokenizer.eos_token_id)]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as it stands: no start token, no end token."""

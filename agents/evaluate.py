@@ -9,16 +9,16 @@ each other, so intervals over turns would be too narrow. Evaluation shares no st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
 from .policy import Messages, Policy
 from .quiz import Quiz, evaluate_quiz
-from .rollout import RolloutBatch, collect_rollouts
+from .rollout import RolloutBatch, collect_rollouts, speaker_for
 
 NUM_RESAMPLES = 2000
 
@@ -70,6 +70,37 @@ class Evaluation:
     seconds: float
 
 
+class LoggedDialogue(Protocol):
+    """What `evaluate_steps` needs of a logged dialogue; `logs.Trajectory` is one."""
+
+    @property
+    def persona(self) -> str: ...
+    @property
+    def num_turns(self) -> int: ...
+    @property
+    def reward_T(self) -> np.ndarray: ...
+    def history(self, turn: int) -> Messages: ...
+
+
+@dataclass(frozen=True)
+class StepEvaluation:
+    """What single turns after logged histories earned.
+
+    Attributes:
+        reward: of the policy's lines, mean of persona means.
+        logged: of the lines that were logged there.
+        reward_T: mean reward at each turn of the dialogue.
+        persona_reward: mean reward of each persona, for paired comparisons.
+        num_steps: turns that were spoken.
+    """
+
+    reward: Estimate
+    logged: Estimate
+    reward_T: np.ndarray
+    persona_reward: Mapping[str, float]
+    num_steps: int
+
+
 def evaluate_policy(
     envs: VectorEnv[Any, Any, Any],
     policy: Policy,
@@ -117,6 +148,62 @@ def evaluate_policy(
     spoken = [transcript for batch, kept in batches for transcript in batch.transcripts[:kept]]
     answered = {} if quiz is None else evaluate_quiz(policy, spoken, wanted, quiz, seed=seed)
     return _summary(batches, np.array(wanted), seed, answered)
+
+
+def evaluate_steps(
+    envs: VectorEnv[Any, Any, Any],
+    policy: Policy,
+    trajectories: Iterable[LoggedDialogue],
+    *,
+    seed: int = 0,
+    deterministic: bool = False,
+) -> StepEvaluation:
+    """Let `policy` go on for one turn from every point of logged dialogues.
+
+    The environment continues the logged history (`reset(options={"history": ...})`), the policy
+    says the next line, the judge scores it. The logged lines before it are somebody else's, so
+    this tells how good a line is where others have led, not where the policy leads itself.
+
+    Args:
+        envs: a vector environment of PersonaDialogue-v0 that knows the logged personas.
+        policy: anything with `predict`.
+        trajectories: held-out dialogues; turns in which the agent spoke first are left out.
+        seed: of partner and sampling.
+        deterministic: the most likely line instead of a sampled one.
+
+    Raises:
+        ValueError: if there is nothing to go on from, or for an unknown persona.
+    """
+    points = [
+        (trajectory.persona, turn, trajectory.history(turn), trajectory.reward_T[turn])
+        for trajectory in trajectories
+        for turn in range(trajectory.num_turns)
+        if trajectory.history(turn)[-1]["role"] == "user"
+    ]
+    if not points:
+        raise ValueError("There is no logged turn to go on from.")
+    reward_N = np.full(len(points), np.nan)
+    for start in range(0, len(points), envs.num_envs):
+        chunk = points[start : start + envs.num_envs]
+        filled = chunk + [chunk[0]] * (envs.num_envs - len(chunk))
+        options = {"persona": [p[0] for p in filled], "history": [p[2] for p in filled]}
+        observations, _ = envs.reset(seed=seed + start, options=options)
+        speaker = speaker_for(policy, envs.num_envs, seed, start)
+        lines = speaker.reply(observations, np.ones(envs.num_envs, dtype=bool), deterministic)
+        said = tuple(line or "..." for line in lines)
+        reward_N[start : start + len(chunk)] = envs.step(said)[1][: len(chunk)]
+    names, persona_N = np.unique([p[0] for p in points], return_inverse=True)
+    logged_N = np.array([p[3] for p in points])
+    turn_N = np.array([p[1] for p in points])
+    by_turn = [reward_N[turn_N == turn] for turn in range(turn_N.max() + 1)]
+    means = _group_means(reward_N, persona_N)
+    return StepEvaluation(
+        reward=bootstrap_mean(means, seed),
+        logged=bootstrap_mean(_group_means(logged_N, persona_N), seed),
+        reward_T=np.array([_row_means(rewards[None])[0] for rewards in by_turn]),
+        persona_reward=dict(zip(names.tolist(), means.tolist(), strict=True)),
+        num_steps=len(points),
+    )
 
 
 def _summary(

@@ -158,6 +158,11 @@ class LMPolicy:
         return self.model.device
 
     @property
+    def tokenizer_fingerprint(self) -> str:
+        """Short hash of the tokenizer's entries: logged ids mean the same where it is the same."""
+        return self.format.fingerprint
+
+    @property
     def max_new_tokens(self) -> int:
         """Longest line in tokens, end token included."""
         return self.sampler.max_new_tokens

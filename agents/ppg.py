@@ -41,6 +41,7 @@ from .credit import (
 from .lm_policy import LMPolicy, Reference
 from .loading import AGENT_SETTINGS, load_policy
 from .losses import clip_fraction, clipped_loss, kl_to_reference, policy_gradient_loss
+from .offline import LearnsOffline
 from .optimization import Optimization, all_processes
 from .policy import Messages
 from .resume import Resumable
@@ -75,7 +76,7 @@ class MicroBatch:
     """Dialogues of the whole gradient step, those of other processes included."""
 
 
-class PPGAgent(Resumable):
+class PPGAgent(Resumable, LearnsOffline):
     """Learns online with any credit matrix; learn, predict, save and load as in Stable-Baselines3.
 
     `checkpoint` and `restore`, from resume.py, let a run stop and go on.
@@ -125,7 +126,7 @@ class PPGAgent(Resumable):
         num_updates: batches of dialogues learned from so far.
         log: latest measurements, keys as in Stable-Baselines3 (docs/metrics.md).
         history: all of them, one dict an update.
-        batch: the dialogues of the latest update, those of all processes, without tokens.
+        batch: the dialogues of the latest update, those of this process.
     """
 
     def __init__(
@@ -244,6 +245,7 @@ class PPGAgent(Resumable):
                     measured = self.update(batch, advantage_BT)
                 before = self.num_timesteps
                 self._record(self._whole(batch), measured)
+                self.batch = batch
                 bar.update(self.num_timesteps - before)
                 bar.set_postfix(reward=f"{self.log['rollout/turn_rew_mean']:.3f}")
                 if callback is not None and callback(self) is False:
@@ -577,7 +579,6 @@ class PPGAgent(Resumable):
             self.log["judge/degenerate_rate"] = 1.0 - _mean(formed_BT)
         if "parsed" in batch.part_BT:
             self.log["judge/parse_rate"] = _mean(batch.part_BT["parsed"][batch.alive_BT])
-        self.batch = batch.without_tape()
         self.history.append(self.log)
 
     # -- acting ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ Source: Schulman et al., "Proximal Policy Optimization Algorithms", arXiv 1707.0
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
@@ -114,6 +114,13 @@ class PPOAgent(PPGAgent):
                 value_BT[place] = value_N.double().cpu().numpy()
         self._values = (batch, value_BT)
         return value_BT
+
+    def learn_offline(self, log: Any, **settings: Any) -> Self:
+        """Refuse: a critic learns what the policy that acts will earn, and a log is of another."""
+        raise ValueError(
+            "PPOAgent learns from its own dialogues only; learn from logs with PPGAgent and a "
+            "credit, such as PPGAgent(policy, None, 'kstep:3').learn_offline(log)."
+        )
 
     def update(self, batch: RolloutBatch, advantage_BT: np.ndarray) -> dict[str, float]:
         """Learn from one batch: policy and critic, `n_epochs` times."""

@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 from functools import lru_cache
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,10 @@ def provenance() -> dict[str, Any]:
 
 def file_hash(path: str | Path) -> str:
     """Return the SHA-256 of a file, "" for what is no file."""
-    return sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else ""
+    if not Path(path).is_file():
+        return ""
+    with Path(path).open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _git_commit() -> str | None:

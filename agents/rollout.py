@@ -66,6 +66,8 @@ class RolloutBatch:
     """Domain of each dialogue; "" where the environment tells none."""
     reasons: tuple[tuple[str, ...], ...] = ()
     """The judge's reason for each turn that took place, a dialogue at a time; "" = none."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer that the tape's ids belong to."""
 
     @property
     def num_turns(self) -> int:
@@ -84,7 +86,7 @@ class RolloutBatch:
         return replace(self, tape=None)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the dialogues as JSON objects, see runs.py; what is NaN here is None there."""
+        """Return the dialogues as JSON objects, see logs.py; what is NaN here is None there."""
         return [self._record(b) for b in range(len(self.group_B))]
 
     def _record(self, b: int) -> dict[str, Any]:
@@ -102,6 +104,13 @@ class RolloutBatch:
         record["reward_parts"] = {name: spoken(p_BT[b]) for name, p_BT in self.part_BT.items()}
         if self.reasons:
             record["reasons"] = list(self.reasons[b])
+        if self.tape is not None:
+            spoken_lines = self.tape.lines(b)
+            record["token_ids"] = [ids.tolist() for ids, _ in spoken_lines]
+            record["logprobs"] = [
+                [round(logprob, 6) for logprob in logprobs.tolist()] for _, logprobs in spoken_lines
+            ]
+            record["tokenizer"] = self.tokenizer
         return record
 
 
@@ -280,6 +289,7 @@ def collect_rollouts(
         personas=tuple(personas),
         domains=tuple(domains),
         reasons=tuple(map(tuple, reasons)),
+        tokenizer=getattr(policy, "tokenizer_fingerprint", ""),
     )
 
 
@@ -296,6 +306,7 @@ def agent_generators(
 def speaker_for(
     policy: Policy | _BatchPolicy, size: int, seed: int | None, first_slot: int
 ) -> _Speaker:
+    """Return what speaks for `size` dialogues: the policy's own conversation, or one by one."""
     if isinstance(policy, _BatchPolicy):
         return policy.begin(size, agent_generators(seed, size, first_slot))
     return _OneByOne(policy, size)

@@ -105,7 +105,7 @@ class Sampler:
             for i, (row, token, logprob) in enumerate(drawn):
                 ids[row].append(token)
                 logprobs[row].append(logprob)
-                marks[row] = self._mark_at_end(ids[row])
+                marks[row] = self.mark_at_end(ids[row])
                 speaks_n[i] = marks[row] is None and len(ids[row]) < rooms[row]
             if not speaks_n.any():
                 break
@@ -129,7 +129,8 @@ class Sampler:
             top_p=self.top_p,
         )
 
-    def _mark_at_end(self, ids: list[int]) -> str | None:
+    def mark_at_end(self, ids: list[int]) -> str | None:
+        """Return the text of the end mark that these ids end in, None if they end in none."""
         text_mark = self.format.text_mark
         if text_mark is not None:
             # A model may split the mark otherwise than the tokenizer does, so texts are compared.
@@ -137,6 +138,10 @@ class Sampler:
             if ending.rstrip().endswith(text_mark):
                 return ending[ending.rindex(text_mark) :]
         return self._end_marks.get(ids[-1])
+
+    def has_thoughts(self, ids: list[int]) -> bool:
+        """Return whether a line of these ids holds what it does not say aloud."""
+        return self._said([self._before_end_token(ids)])[0][1]
 
     @cached_property
     def _end_marks(self) -> dict[int, str]:

@@ -35,6 +35,16 @@ class Tape:
         """Whether the agent sampled the token, bool."""
         return self.turn_SL >= 0
 
+    def lines(self, episode: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (token ids, log-probabilities when sampled) of each of a dialogue's lines."""
+        lines = []
+        for s in np.flatnonzero(self.episode_S == episode):
+            turn_L = self.turn_SL[s]
+            for turn in np.unique(turn_L[turn_L >= 0]):
+                at = turn_L == turn
+                lines.append((turn, self.token_SL[s][at], self.old_logprob_SL[s][at]))
+        return [(ids, logprobs) for _, ids, logprobs in sorted(lines, key=lambda line: line[0])]
+
     @property
     def num_sampled(self) -> int:
         """Tokens that the agent sampled."""

@@ -1,6 +1,7 @@
 """Train one agent into a run folder: metrics and checkpoints as it learns, the agent at the end.
 
 ppg train --domain therapy --credit kstep --k 3
+ppg train --domain therapy --offline runs/train/transcripts.jsonl --run runs/offline
 accelerate launch --multi_gpu --num_processes 2 -m agents.cli train --domain therapy
 
 The same command goes on where a run was stopped, bit for bit.
@@ -18,9 +19,11 @@ from typing import Any
 import gymnasium as gym
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import gather_object
 
 from .compare import ENV_ID
 from .loading import load_policy, weights_fingerprint
+from .logs import LogError, read_log
 from .optimization import all_processes
 from .ppg import DivergedError, PPGAgent
 from .ppo import PPOAgent
@@ -96,7 +99,23 @@ class TrainConfig:
     verdict_cache: str | None = None
     """SQLite file that keeps the judge's verdicts, for this run and later ones."""
     keep_transcripts: bool = True
-    """Write every dialogue to the run folder, about 2 KB each."""
+    """Write every dialogue to the run folder, about 4 KB each."""
+    offline: str | None = None
+    """Learn from this log (agents/logs.py) instead of playing: --n-epochs passes over it,
+    --batch-size dialogues (None = 32) a gradient step; settings of playing are ignored, and no
+    checkpoints are written."""
+    validation: str | None = None
+    """Log of other personas, whose loss is measured after every pass over --offline."""
+    method: str = "ppg"
+    """Offline: "ppg" (the credit), "sft" (imitate all), "filtered" (imitate the best dialogues)."""
+    baseline: str = "none"
+    """Offline: "none", "log_mean", "batch_mean", "leave_one_out", "group_mean"."""
+    importance: bool = False
+    """Offline: importance weights, where the log has log-probabilities."""
+    sft_coef: float = 0.0
+    """Offline: weight of the plain likelihood of all logged lines."""
+    patience: int | None = None
+    """Offline: stop after so many passes without a better validation loss, and go back to it."""
     checkpoint_every: int = 10
     """Updates between two checkpoints, the last two of which are kept; 0 = none."""
     tracker: str | None = None
@@ -137,6 +156,8 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         MemoryError, OSError: no memory, no disk space; checkpoints written so far are untouched.
     """
     _refuse_missing_tracker(c.tracker)
+    if c.offline is not None:
+        _refuse_other_domain(c.offline, c.domain)
     processes = all_processes(on_cpu=c.device == "cpu")
     agent = make_agent(c)
     data = _data_hashes(c, agent)
@@ -150,6 +171,8 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
             )
     processes.wait_for_everyone()
     checkpoints = f"{c.run}/checkpoints"
+    if c.offline is not None:
+        return _train_offline(c, agent, folder, progress_bar)
     goes_on = agent.restore(checkpoints)
     if folder is not None:
         folder.keep_metrics(agent.history)
@@ -158,10 +181,10 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     with _tracker(c) as log:
 
         def after_update(learner: PPGAgent) -> None:
+            records = _records(learner) if c.keep_transcripts else []
             if folder is not None:
                 folder.log(learner.log)
-                if c.keep_transcripts and learner.batch is not None:
-                    folder.add_transcripts(learner.batch.records(), learner.num_updates)
+                folder.add_transcripts(records, learner.num_updates)
             log(learner.log, learner.num_timesteps)
             if c.checkpoint_every and learner.num_updates % c.checkpoint_every == 0:
                 learner.checkpoint(checkpoints, data=data)
@@ -181,6 +204,52 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
                 raise
             batch = folder.write_batch("diverged_batch", error.batch)
             raise DivergedError(f"{error} The batch is in {batch}.", error.batch) from error
+    _save(agent, folder)
+    if folder is not None:
+        folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
+    return agent
+
+
+def _refuse_other_domain(log: str, domain: str) -> None:
+    first = next(read_log(log))
+    if first.domain not in ("", domain):
+        raise LogError(
+            f"{log} is of the domain {first.domain!r}, this run of {domain!r}; say --domain "
+            f"{first.domain}."
+        )
+
+
+def _train_offline(
+    c: TrainConfig, agent: PPGAgent, folder: RunFolder | None, progress_bar: bool
+) -> PPGAgent:
+    """Learn from a log; a run that was stopped starts again."""
+    assert c.offline is not None
+    if folder is not None:
+        folder.keep_metrics([])
+    with _tracker(c) as log:
+
+        def after_update(learner: PPGAgent) -> None:
+            if folder is not None:
+                folder.log(learner.log)
+            log(learner.log, learner.num_timesteps)
+
+        try:
+            agent.learn_offline(
+                c.offline,
+                validation=c.validation,
+                callback=after_update,
+                progress_bar=progress_bar,
+                epochs=c.n_epochs or 1,
+                batch_size=c.batch_size or 32,
+                method=c.method,
+                baseline=c.baseline,
+                importance=c.importance,
+                sft_coef=c.sft_coef,
+                patience=c.patience,
+            )
+        except KeyboardInterrupt:
+            _save(agent, folder)
+            raise
     _save(agent, folder)
     if folder is not None:
         folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
@@ -240,6 +309,13 @@ def make_agent(c: TrainConfig) -> PPGAgent:
     return PPGAgent(policy, envs, c.credit_name, **settings)
 
 
+def _records(agent: PPGAgent) -> list[dict[str, Any]]:
+    """Return the dialogues of the latest update, those of all processes."""
+    assert agent.batch is not None
+    own = agent.batch.records()
+    return own if agent.processes.num_processes == 1 else list(gather_object(own))
+
+
 def _save(agent: PPGAgent, folder: RunFolder | None) -> None:
     """Save the agent if it has learned; only the first process has a folder, all have to ask."""
     if agent.num_updates == 0:
@@ -265,7 +341,13 @@ def _data_hashes(c: TrainConfig, agent: PPGAgent) -> dict[str, str]:
     """Return what the run depends on besides its settings."""
     ids = getattr(agent.env.unwrapped, "persona_ids", ()) if agent.env is not None else ()
     revision = getattr(agent.policy.model.config, "_commit_hash", None)
+    logs = {
+        name: file_hash(path)
+        for name, path in (("log", c.offline), ("validation", c.validation))
+        if path is not None
+    }
     return {
+        **logs,
         "weights": weights_fingerprint(c.model) or str(revision or ""),
         "personas": file_hash(c.personas) or sha256("\n".join(ids).encode()).hexdigest(),
     }

@@ -405,6 +405,17 @@ class TransformersChat:
         self.name = f"hf:{model}"
         self._lock = threading.Lock()
 
+    def __deepcopy__(self, memo: object) -> TransformersChat:
+        """Return itself: `env.spec` copies what an environment was made with, nobody two models."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
     def __call__(
         self,
         chats: Sequence[Messages],

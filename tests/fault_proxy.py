@@ -19,7 +19,6 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -175,7 +174,6 @@ class FaultProxy:
         self.in_flight = self.most_in_flight = 0
         self._seen: Counter[bytes] = Counter()
         self._port = 0
-        self._handlers: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -222,23 +220,20 @@ class FaultProxy:
 
         async def close() -> None:
             self._server.close()
-            for handler in self._handlers:
-                handler.cancel()
-            await asyncio.gather(*self._handlers, return_exceptions=True)
+            while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks, timeout=0.1)
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        handler = asyncio.current_task()
-        assert handler is not None
-        self._handlers.add(handler)
         try:
             while await self._answer_one(reader, writer):
                 pass
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass  # the client has gone, or the endpoint goes down
         finally:
-            self._handlers.discard(handler)
             writer.close()
 
     async def _answer_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -301,10 +296,11 @@ async def _unless_gone(reply: Awaitable[Reply], reader: asyncio.StreamReader) ->
             raise ConnectionResetError("the client has hung up")
         return working.result()
     finally:
-        for task in (working, hearing):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await task
+        working.cancel()
+        hearing.cancel()
+        await asyncio.wait({hearing})  # two may not read at a time
+        if not hearing.cancelled():
+            hearing.exception()
 
 
 async def _send(

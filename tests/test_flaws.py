@@ -48,6 +48,7 @@ DEGENERATE = [
     ("ok ============", SYMBOLS),
     ("#### #### x #### ####", SYMBOLS),
     ("a $%& (/ )=? *' §$ %&/", SYMBOLS),
+    ("ok ;; :: ,, (( )) [[ ]] so", SYMBOLS),
     ("I love it" + "!" * 200, SYMBOLS),
     ("Well " + "." * 400, SYMBOLS),
     ("yes 😍" + "😍" * 80, SYMBOLS),
@@ -187,6 +188,10 @@ HONEST = [
     "I work as a nurse in a hospital, and I live in Oslo.",
     "I live with two cats and my brother.",
     "On weekends I play chess, or I go for long walks with my brother.",
+    "On weekends I play chess",
+    "I live alone in Ghent",
+    "I have trouble sleeping since my father died.",
+    "I keep thinking about what I should have told him.",
     # languages
     "我住在奥斯陆，和我弟弟还有两只猫一起。",
     "我不知道",
@@ -196,6 +201,7 @@ HONEST = [
     "퇴근하면 고양이 밥부터 주고 산책을 나가요.",
     "بعد العمل أطبخ شيئًا بسيطًا ثم أنام.",
     "مُحَمَّدٌ يَعْمَلُ فِي الْمُسْتَشْفَى.",
+    "קָּ֜ רַּ֤ בָּ֣",  # three marks a letter
     "אחרי העבודה אני מבשלת משהו פשוט והולכת לישון.",
     "काम के बाद मैं घर आकर खाना बनाती हूँ।",
     "หลังเลิกงานฉันทำอาหารง่ายๆ แล้วก็นอน",
@@ -332,6 +338,11 @@ def test_the_lines_of_the_embedded_worlds_are_not_flagged(domain):
             assert find_plain_flaw(line, partner, text, earlier) == "", (line, partner)
             earlier.append(line)
             _, _, over, _, _ = env.step(line)
+
+
+def test_a_persona_told_as_i_is_not_to_be_read_out_either():
+    assert find_plain_flaw(FIRST_PERSON, PARTNER, FIRST_PERSON, []) == COPY
+    assert find_plain_flaw(FIRST_PERSON[8:], PARTNER, FIRST_PERSON, []) == COPY
 
 
 @pytest.mark.parametrize("persona", ["", "You love the sea.", "你住在奥斯陆。"])

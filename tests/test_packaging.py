@@ -43,8 +43,8 @@ FLOORS = {
     "ppg_env/verdict_cache": 2,
     "ppg_env/published_verdicts": 2,
     "ppg_env/quiz": 2,
-    "ppg_env/logs": 2,
     "ppg_env/rejudge": 3,
+    "ppg_env/consistent_dialogues": 3,
     "ppg_env/world": 3,
     "ppg_env/env": 4,
     "ppg_env/vector_env": 4,
@@ -55,6 +55,9 @@ FLOORS = {
     "agents/provenance": 6,
     "agents/runs": 7,
     "agents/tape": 6,
+    "agents/logs": 7,
+    "agents/reading": 11,
+    "agents/offline": 12,
     "agents/checkpoint": 7,
     "agents/sharding": 6,
     "agents/optimization": 7,
@@ -69,17 +72,17 @@ FLOORS = {
     "agents/quiz": 9,
     "agents/loading": 11,
     "agents/resume": 11,
-    "agents/ppg": 12,
-    "agents/sb3": 12,
-    "agents/ppo": 13,
-    "agents/diagnostics": 13,
-    "agents/compare": 14,
-    "agents/nano": 14,
-    "agents/train": 15,
-    "agents/report": 15,
-    "agents/cli": 16,
+    "agents/ppg": 13,
+    "agents/sb3": 13,
+    "agents/ppo": 14,
+    "agents/diagnostics": 14,
+    "agents/compare": 15,
+    "agents/nano": 15,
+    "agents/train": 16,
+    "agents/report": 16,
+    "agents/cli": 17,
 }
-TOP = 17  # a package's __init__ shows the public names of all its floors
+TOP = 18  # a package's __init__ shows the public names of all its floors
 
 # The only files of agents/ that know the worlds: the command line, and the script that makes the
 # tiny model's pre-training text out of their dialogues.

@@ -111,6 +111,7 @@ SYMBOL_SHARE = 0.35
 PLAIN_ECHO_OVERLAP, SHORT_ECHO_OVERLAP = 0.8, 0.9
 """The second below eight words: "It is nice to meet you too." """
 REPEAT_OVERLAP = 0.8
+_YOU = re.compile(r"\byou(?:r|rs|rself)?\b", re.IGNORECASE)
 _SENTENCE_MARKS = re.compile(r"([.!?…。！？؟]+)")
 _ASKS = re.compile(r"[?？؟]")
 _RUNS = ((1, 6), (2, 4), (3, 4), (4, 4), *((size, 3) for size in range(5, 13)))
@@ -146,7 +147,9 @@ def find_plain_flaw(line: str, partner: str, persona: str, earlier: Sequence[str
     size, pairs = _size(words), _pairs(words)
     if size >= 5 and _parrots(line, size, pairs, partner):
         return "echoes the partner"
-    if size >= 8 and len(pairs & _pairs(_words(persona))) >= COPY_OVERLAP * len(pairs):
+    # Who says "you" of oneself reads out; a persona told as "I" may be quoted, up to a point.
+    copied = size >= (8 if _YOU.search(line) else 20)
+    if copied and len(pairs & _pairs(_words(persona))) >= COPY_OVERLAP * len(pairs):
         return "copies out the persona"
     past = [_words(other) for other in earlier]
     if any(_says_the_same(words, pairs, other) for other in past if size >= 4):
