@@ -7,7 +7,7 @@ What `ppg train` and `ppg evaluate` leave behind is such a log, what `ppg train 
 one. A line is a JSON object:
 
     messages      [{"role", "content"}, ...]: system (who the agent is), then user (the partner) and
-                  assistant (the agent) in turn, from either of them on
+                  assistant (the agent) in turn, from either of them on; further keys are kept
     rewards       one a line of the agent; null = nobody could score it. The environment's are in
                   [0, 1], differences of scores (see `decompose`) in [-1, 1]
     domain        name of the setting
@@ -23,8 +23,10 @@ one. A line is a JSON object:
     tokenizer     fingerprint of the tokenizer that `token_ids` belong to
     flags         what to mind about the record
 
-Only `messages` and `rewards` are needed. Other fields are kept as they are, and so is every text:
-a log that is read and written again has the same texts to the byte.
+Only `messages` and `rewards` are needed, and null stands for a field that is not known. Other
+fields are kept as they are, and so is every text: a log that is read and written again has the same
+texts to the byte. Files are UTF-8; half of a character that takes two UTF-16 units (a lone
+surrogate), which UTF-8 has no bytes for, is written as its JSON escape.
 """
 
 from __future__ import annotations
@@ -33,20 +35,27 @@ import gzip
 import io
 import json
 import math
+import sys
 import zlib
+from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
 from .policy import Messages
 
 _ROLES = ("system", "user", "assistant")
+_MESSAGE = ("role", "content")
+_TEXTS = ("domain", "persona", "dialogue", "behaviour", "judge", "tokenizer")
 _PER_TURN = ("reasons", "token_ids", "logprobs")
+_FIELDS = {"messages", "rewards", "group", "reward_parts", "flags", *_TEXTS, *_PER_TURN}
+_GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,11 @@ class Trajectory:
     flags: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        known = sorted(_FIELDS.intersection(self.extra))
+        if known:
+            raise ValueError(f"{', '.join(known)} are fields of a trajectory, not extra ones.")
+
     @property
     def num_turns(self) -> int:
         """Lines of the agent: T."""
@@ -94,8 +108,11 @@ class Trajectory:
 
     def record(self) -> dict[str, Any]:
         """Return the JSON object; what was not known is left out."""
-        record: dict[str, Any] = {"messages": self.messages, "rewards": list(self.rewards)}
-        for name in ("domain", "persona", "dialogue", "behaviour", "judge", "tokenizer"):
+        record: dict[str, Any] = {
+            "messages": [dict(message) for message in self.messages],
+            "rewards": list(self.rewards),
+        }
+        for name in _TEXTS:
             if getattr(self, name):
                 record[name] = getattr(self, name)
         if self.group is not None:
@@ -123,30 +140,38 @@ def read_log(path: str | Path) -> Iterator[Trajectory]:
             before it have been yielded.
         FileNotFoundError: there is no such file.
     """
-    path, number = Path(path), 0
+    path, number, found = Path(path), 0, 0
     try:
         with _opened(path) as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1:
+                    line = line.removeprefix(BOM_UTF8)
                 if line.strip():
                     yield _parsed(line, f"{path}, line {number}")
+                    found += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise LogError(
             f"{path} is truncated or damaged after line {number} ({error}); copy it again."
         ) from error
-    if number == 0:
+    if not found:
         raise LogError(f"{path} is empty: it holds no trajectories.")
 
 
 def write_log(path: str | Path, trajectories: Iterable[Trajectory]) -> int:
-    """Write a log, gzipped if the name ends in ".gz", in whole or not at all; return how many."""
+    """Write a log, gzipped if the name ends in ".gz", in whole or not at all; return how many.
+
+    Raises:
+        LogError: for a trajectory that `read_log` would refuse, and if there are none; a file that
+            was there before still is.
+    """
     path, number = Path(path), 0
     draft = path.with_name(f"{path.name}.part")
     try:
         with draft.open("wb") as raw, _compressed(raw, path) as lines:
-            for trajectory in trajectories:
-                text = json.dumps(trajectory.record(), ensure_ascii=False, allow_nan=False)
-                lines.write(text.encode("utf-8", "surrogatepass") + b"\n")
-                number += 1
+            for number, trajectory in enumerate(trajectories, start=1):
+                lines.write(_one_line(trajectory, number))
+        if not number:
+            raise LogError(f"There are no trajectories to write to {path}.")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -169,51 +194,67 @@ def parse_trajectory(record: object) -> Trajectory:
             "field 'rewards' is missing: one number in [-1, 1] or null for each of the agent's "
             f"{turns} lines"
         )
-    texts = {}
-    for name in ("domain", "persona", "dialogue", "behaviour", "judge", "tokenizer"):
-        texts[name] = rest.pop(name, "")
-        if not isinstance(texts[name], str):
-            raise ValueError(f"field {name!r}: expected a text, got {texts[name]!r:.80}")
+    texts = {name: "" if (text := rest.pop(name, None)) is None else text for name in _TEXTS}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"field {name!r}: expected a text, got {text!r:.80}")
     group = rest.pop("group", None)
     if group is not None and (isinstance(group, bool) or not isinstance(group, int | str)):
         raise ValueError(f"field 'group': expected a whole number or a text, got {group!r:.80}")
     rewards = _numbers("rewards", rest.pop("rewards"), turns, -1.0, 1.0)
-    parts = rest.pop("reward_parts", None) or {}
-    if not isinstance(parts, Mapping):
+    parts = rest.pop("reward_parts", None)
+    if parts is not None and not isinstance(parts, Mapping):
         raise ValueError(f"field 'reward_parts': expected an object, got {parts!r:.80}")
     reasons = rest.pop("reasons", None)
     if reasons is not None:
         _refuse_unless_texts("reasons", reasons, turns)
-    flags = rest.pop("flags", None) or ()
-    _refuse_unless_texts("flags", flags)
+    flags = rest.pop("flags", None)
+    if flags is not None:
+        _refuse_unless_texts("flags", flags)
     ids, logprobs = _tokens(rest.pop("token_ids", None), rest.pop("logprobs", None), turns)
     return Trajectory(
         messages=messages,
         rewards=rewards,
         group=group,
         reward_parts={
-            name: _numbers(f"reward_parts.{name}", part, turns) for name, part in parts.items()
+            name: _numbers(f"reward_parts.{name}", part, turns)
+            for name, part in (parts or {}).items()
         },
         reasons=None if reasons is None else tuple(reasons),
         token_ids=ids,
         logprobs=logprobs,
-        flags=tuple(flags),
+        flags=tuple(flags or ()),
         extra=rest,
         **texts,
     )
 
 
 def _parsed(line: bytes, where: str) -> Trajectory:
+    # Only the last line can lack its end.
+    cut = "" if line.endswith(b"\n") else "; the file ends within this line, it may be truncated"
     try:
-        return parse_trajectory(json.loads(line))
+        return parse_trajectory(json.loads(line.decode("utf-8")))
     except json.JSONDecodeError as error:
-        raise LogError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
+        raise LogError(
+            f"{where}: not a JSON object on one line ({error.msg} at column {error.colno}){cut}."
+        ) from error
     except UnicodeDecodeError as error:
-        raise LogError(f"{where}: not UTF-8 (byte {error.start}).") from error
+        raise LogError(f"{where}: not UTF-8 (byte {error.start} of the line){cut}.") from error
     except RecursionError as error:
         raise LogError(f"{where}: nested too deeply.") from error
     except ValueError as error:
         raise LogError(f"{where}, {error}.") from error
+
+
+def _one_line(trajectory: Trajectory, number: int) -> bytes:
+    try:
+        record = trajectory.record()
+        parse_trajectory(record)
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise LogError(f"Trajectory {number} cannot be written: {error}.") from error
+    # What UTF-8 cannot encode are lone surrogates, and their Python escape is the JSON one.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _messages(given: object) -> Messages:
@@ -239,7 +280,7 @@ def _messages(given: object) -> Messages:
             )
     if all(message["role"] != "assistant" for message in given):
         raise ValueError("field 'messages': the agent (role 'assistant') says nothing")
-    return [{"role": message["role"], "content": message["content"]} for message in given]
+    return [dict(message) for message in given]
 
 
 def _numbers(
@@ -253,12 +294,18 @@ def _numbers(
             "there is none"
         )
     for t, value in enumerate(given):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is None or (number and math.isfinite(value) and low <= value <= high):
+        if value is None or (_is_finite(value) and low <= value <= high):
             continue
         wanted = "a number" if math.isinf(low) else f"a number in [{low:g}, {high:g}]"
         raise ValueError(f"field '{name}[{t}]': expected {wanted} or null, got {value!r:.80}")
     return tuple(None if value is None else float(value) for value in given)
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    """Return whether it is a number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _refuse_unless_texts(name: str, given: object, turns: int | None = None) -> None:
@@ -278,9 +325,11 @@ def _tokens(
     if not isinstance(ids, list) or len(ids) != turns:
         raise ValueError(f"field 'token_ids': expected {turns} lists of ids, one a line")
     for t, line in enumerate(ids):
-        whole = isinstance(line, list) and line and all(type(i) is int and i >= 0 for i in line)
-        if not whole:
+        if not isinstance(line, list) or not line:
             raise ValueError(f"field 'token_ids[{t}]': expected token ids, got {line!r:.80}")
+        for token in line:
+            if type(token) is not int or not 0 <= token < 2**31:
+                raise ValueError(f"field 'token_ids[{t}]': expected token ids, got {token!r:.80}")
     tokens = tuple(map(tuple, ids))
     if logprobs is None:
         return tokens, None
@@ -293,7 +342,7 @@ def _tokens(
                 f"{line!r:.80}"
             )
         for value in line:
-            if type(value) not in (int, float) or not -math.inf < value <= 1e-3:
+            if not _is_finite(value) or value > 1e-3:
                 raise ValueError(
                     f"field 'logprobs[{t}]': expected finite log-probabilities, got {value!r:.80}"
                 )
@@ -303,9 +352,10 @@ def _tokens(
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     with path.open("rb") as raw:
-        gzipped = raw.read(2) == b"\x1f\x8b"
+        start = raw.read(2)
         raw.seek(0)
-        if gzipped:
+        # A name that promises gzip counts only where the file ends before its first two bytes do.
+        if start == _GZIP_MAGIC or (path.suffix == ".gz" and start == _GZIP_MAGIC[:1]):
             with gzip.GzipFile(fileobj=raw) as lines:
                 yield lines
         else:
@@ -317,7 +367,8 @@ def _compressed(raw: io.BufferedWriter, path: Path) -> Iterator[io.BufferedIOBas
     if path.suffix != ".gz":
         yield raw
         return
-    with gzip.GzipFile(filename="", fileobj=raw, mode="wb", mtime=0) as lines:  # same bytes again
+    # No name and no time inside: the same trajectories give the same bytes.
+    with gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as lines:
         yield lines
 
 
@@ -329,40 +380,35 @@ def split_by_persona(
 ) -> tuple[list[Trajectory], list[Trajectory]]:
     """Return (train, test) such that no persona and no dialogue is on both sides.
 
-    A persona goes by its id together with what the agent was told, so that two texts under one id
-    are two personas and one text under two ids is one. Personas that share a dialogue stay
-    together.
+    A persona goes by its id and by what the agent was told: one id with two texts is one persona,
+    and so is one text with two ids. Personas that share a dialogue stay together. What is told to
+    the agent in no system message and has no persona id goes by its group.
 
     Args:
         trajectories: all of them.
-        test_share: about this share of the trajectories is for testing.
+        test_share: about this share of the trajectories is for testing: as near as whole personas
+            allow, and never further away than the largest of them is large.
         seed: which.
 
     Raises:
-        ValueError: if they cannot be split, because all belong together.
+        ValueError: if they cannot be split, because all belong together; names what they share.
     """
     everything = list(trajectories)
     if not 0 < test_share < 1:
         raise ValueError(f"test_share lies between 0 and 1, got {test_share}.")
     clusters = _clusters(everything)
-    sizes: dict[int, int] = {}
-    for cluster in clusters:
-        sizes[cluster] = sizes.get(cluster, 0) + 1
+    sizes = Counter(clusters)
     if len(sizes) < 2:
-        raise ValueError(
-            f"The {len(everything)} trajectories share personas or dialogues throughout and cannot "
-            "be split."
-        )
-    order = np.random.default_rng(seed).permutation(sorted(sizes))
+        raise ValueError(_why_one_cluster(everything))
+    wanted, number = test_share * len(everything), 0
     held_out: set[int] = set()
-    wanted, number = max(1, round(test_share * len(everything))), 0
-    for cluster in order[:-1]:
-        if number and number + sizes[cluster] > wanted * 1.2:
-            continue
-        held_out.add(int(cluster))
-        number += sizes[cluster]
-        if number >= wanted:
-            break
+    for cluster in np.random.default_rng(seed).permutation(sorted(sizes)).tolist():
+        larger = number + sizes[cluster]
+        if larger < len(everything) and abs(larger - wanted) < abs(number - wanted):
+            held_out.add(cluster)
+            number = larger
+    if not held_out:
+        held_out.add(min(sizes, key=lambda cluster: (sizes[cluster], cluster)))
     train = [t for t, c in zip(everything, clusters, strict=True) if c not in held_out]
     test = [t for t, c in zip(everything, clusters, strict=True) if c in held_out]
     return train, test
@@ -374,9 +420,7 @@ def refuse_leaks(train: Iterable[Trajectory], test: Iterable[Trajectory]) -> Non
     Raises:
         LogError: names what is.
     """
-    seen: dict[str, str] = {}
-    for trajectory in train:
-        seen.update(_marks(trajectory))
+    seen = {mark for trajectory in train for mark in _marks(trajectory)}
     for trajectory in test:
         for mark, name in _marks(trajectory).items():
             if mark in seen:
@@ -393,13 +437,30 @@ def _marks(trajectory: Trajectory) -> dict[str, str]:
         marks[f"persona {trajectory.persona}"] = f"the persona {trajectory.persona!r}"
     if trajectory.dialogue:
         marks[f"dialogue {trajectory.dialogue}"] = f"the dialogue {trajectory.dialogue!r}"
-    if trajectory.messages[0]["role"] == "system":
-        told = trajectory.messages[0]["content"]
+    told = trajectory.messages[0] if trajectory.messages[0]["role"] == "system" else None
+    if told is not None:
         named = f" (of persona {trajectory.persona!r})" if trajectory.persona else ""
-        marks[f"told {_digest(told)}"] = f"the persona text {told[:60]!r}{named}"
-    said = json.dumps([m for m in trajectory.messages if m["role"] != "system"])
-    marks[f"said {_digest(said)}"] = f"a dialogue, word by word ({trajectory.lines[0][:60]!r})"
+        text = told["content"]
+        marks[f"told {_digest(text)}"] = f"the persona text {text[:60]!r}{named}"
+    if told is None and not trajectory.persona and trajectory.group is not None:
+        marks[f"group {trajectory.group}"] = f"the group {trajectory.group!r}"
+    # Without roles: seen by its other speaker, a dialogue is the same.
+    said = [message["content"] for message in trajectory.messages if message is not told]
+    marks[f"said {_digest(json.dumps(said))}"] = f"a dialogue, word by word ({said[0][:60]!r})"
     return marks
+
+
+def _why_one_cluster(trajectories: Sequence[Trajectory]) -> str:
+    if not trajectories:
+        return "There are no trajectories to split."
+    marks = [_marks(trajectory) for trajectory in trajectories]
+    shared, number = Counter(mark for each in marks for mark in each).most_common(1)[0]
+    name = next(each[shared] for each in marks if shared in each)
+    return (
+        f"All {len(trajectories)} trajectories belong together and cannot be split: {number} of "
+        f"them share {name}. Log personas under ids of their own; leave out a system message that "
+        "is the same for all, it tells no persona."
+    )
 
 
 def _clusters(trajectories: Sequence[Trajectory]) -> list[int]:
@@ -433,9 +494,11 @@ def decompose(
 
     difference: r_t = f_t - f_{t-1}, with f_{-1} = 0. The rewards add up to the final score; where
         the score falls they are negative.
-    running_maximum: r_t = max(0, f_t - best before). Never negative, but the rewards add up to the
-        best score of any prefix, not to the final one: THE TOTAL IS ANOTHER as soon as the score
-        ever falls.
+    running_maximum: r_t = max(0, f_t - best before), where 0 is the best before the first turn.
+        Never negative, but the rewards add up to the best score of any prefix (or 0), not to the
+        final one: THE TOTAL IS ANOTHER unless the dialogue ends at its best score.
+
+    Scores in [0, 1] give rewards in [-1, 1], as a log wants them.
 
     Args:
         prefix_scores: f_0 ... f_{T-1}: the score after each turn. For a score of the whole dialogue
@@ -443,11 +506,12 @@ def decompose(
         method: which.
 
     Raises:
-        ValueError: for scores that are not finite, and an unknown method.
+        ValueError: for scores that are not finite numbers, and an unknown method.
     """
-    scores = np.asarray(prefix_scores, dtype=np.float64)
-    if scores.ndim != 1 or not np.isfinite(scores).all():
+    scores = np.array(prefix_scores)
+    if scores.dtype.kind not in "iuf" or scores.ndim != 1 or not np.isfinite(scores).all():
         raise ValueError(f"prefix_scores are finite numbers, one a turn, got {prefix_scores!r:.80}")
+    scores = scores.astype(np.float64)
     if method == "running_maximum":
         scores = np.maximum.accumulate(np.maximum(scores, 0.0))
     elif method != "difference":
@@ -457,48 +521,78 @@ def decompose(
 
 # ---- Hugging Face datasets -----------------------------------------------------------------------
 
+_REST = "rest_json"
+
 
 def to_dataset(trajectories: Iterable[Trajectory]) -> Any:
-    """Return a datasets.Dataset with one row a trajectory; `extra` becomes a column of JSON text.
+    """Return a datasets.Dataset with one row a trajectory and one column a field.
+
+    A column has one type in all rows. What has not, and all fields that this module does not know,
+    is JSON text in the column "rest_json"; `from_dataset` puts it back.
 
     Raises:
         ImportError: if datasets is not installed.
+        LogError: a text holds what Arrow cannot carry, a lone surrogate.
     """
-    datasets = _datasets()
-    rows = []
-    for trajectory in trajectories:
-        row = {**trajectory.record(), "extra": json.dumps(dict(trajectory.extra))}
-        for name in trajectory.extra:
-            del row[name]
-        # One schema for all rows: names of parts and kinds of group ids differ between logs.
-        row["reward_parts"] = json.dumps(row.get("reward_parts", {}))
-        row["group"] = json.dumps(row.get("group"))
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("Datasets need the package datasets: pip install datasets.") from error
+    try:
+        return datasets.Dataset.from_list(_rows(trajectories))
+    except UnicodeEncodeError as error:
+        raise LogError(
+            f"A text holds a lone surrogate, which Arrow cannot carry ({error})."
+        ) from error
 
 
 def from_dataset(dataset: Any) -> Iterator[Trajectory]:
     """Yield the trajectories of a datasets.Dataset that has the fields of a log as columns.
 
     Raises:
-        LogError: names row and field.
+        LogError: names row and field; all rows before it have been yielded.
     """
     for number, row in enumerate(dataset):
-        record = {name: value for name, value in row.items() if value is not None}
         try:
-            for name in ("reward_parts", "group", "extra"):
-                if isinstance(record.get(name), str):
-                    record[name] = json.loads(record[name])
-            record.update(record.pop("extra", {}))
-            yield parse_trajectory(record)
-        except ValueError as error:
+            yield parse_trajectory(_record_of(row))
+        except (ValueError, RecursionError) as error:
             raise LogError(f"row {number}, {error}.") from error
 
 
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("Datasets need the package datasets: pip install datasets.") from error
-    return datasets
+def _rows(trajectories: Iterable[Trajectory]) -> list[dict[str, Any]]:
+    """Return flat records with the same fields, each of one type."""
+    everything = list(trajectories)
+    kinds = {type(t.group) for t in everything if t.group is not None}
+    plain_groups = len(kinds) < 2 and not any(
+        isinstance(t.group, int) and abs(t.group) >= 2**63 for t in everything
+    )
+    rows = []
+    for trajectory in everything:
+        row = trajectory.record()
+        rest = {name: row.pop(name) for name in trajectory.extra}
+        if not plain_groups and trajectory.group is not None:
+            rest["group"] = row.pop("group")
+        more = [{k: v for k, v in m.items() if k not in _MESSAGE} for m in row["messages"]]
+        if any(more):
+            rest["messages"] = more
+            row["messages"] = [{k: m[k] for k in _MESSAGE} for m in row["messages"]]
+        rows.append({**row, _REST: json.dumps(rest)} if rest else row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _record_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a row: what Arrow fills up with nulls is taken out again."""
+    record = {name: value for name, value in row.items() if value is not None}
+    rest = json.loads(str(record.pop(_REST, "{}")))
+    if not isinstance(rest, dict):
+        raise ValueError(f"field {_REST!r}: expected a JSON object, got {rest!r:.80}")
+    if isinstance(parts := record.get("reward_parts"), Mapping):
+        record["reward_parts"] = {name: p for name, p in parts.items() if p is not None}
+    if isinstance(messages := record.get("messages"), list):
+        more = rest.pop("messages", [{}] * len(messages))
+        record["messages"] = [
+            {k: v for k, v in m.items() if v is not None} | kept if isinstance(m, Mapping) else m
+            for m, kept in zip(messages, more, strict=True)
+        ]
+    return record | rest

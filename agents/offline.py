@@ -15,6 +15,7 @@ the turn itself and not for the turns that led to it.
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -249,17 +250,21 @@ class LearnsOffline(ABC):
                 f"{missing.persona!r} has none; learn without, or log them (ppg train does)."
             )
         sums: dict[str, float] = defaultdict(float)
+        log_ratios: list[float] = []
         self.optimization.forget()
         parts = list(microbatches(reading.tape.length_S, self.settings["token_budget"]))
         most = self._most(len(parts))
         for number in range(most):
             rows = parts[min(number, len(parts) - 1)]
-            loss = self._offline_rows(reading.tape, rows, weight_BT[mine], how, len(batch), sums)
+            loss = self._offline_rows(
+                reading.tape, rows, weight_BT[mine], how, len(batch), sums, log_ratios
+            )
             self.optimization.backward(loss if number < len(parts) else 0.0 * loss)
         step = self.optimization.step()
         if self.processes.num_processes > 1:
             everybody = gather_object([dict(sums)])
             sums = {name: sum(each.get(name, 0.0) for each in everybody) for name in everybody[0]}
+            log_ratios = gather_object(log_ratios)
 
         self.num_updates += 1
         turns = sum(trajectory.num_turns for trajectory in batch)
@@ -281,9 +286,8 @@ class LearnsOffline(ABC):
             if name in sums:
                 self.log[f"train/{name}"] = sums[name]
         if how.importance:
-            share = sums["ratio"] ** 2 / max(sums["ratio_squared"], 1e-30) / max(1, sums["turns"])
-            self.log["offline/ess"] = share
-            self._warn_of_collapse(share, how)
+            self.log["offline/ess"] = effective_share(log_ratios)
+            self._warn_of_collapse(self.log["offline/ess"], how)
         self.history.append(self.log)
 
     def _offline_rows(
@@ -294,8 +298,9 @@ class LearnsOffline(ABC):
         how: OfflineSettings,
         num_episodes: int,
         sums: dict[str, float],
+        log_ratios: list[float],
     ) -> torch.Tensor:
-        """Return the loss of some token sequences; add what to report to `sums`."""
+        """Return the loss of some token sequences; add what to report to the last two."""
         device, longest = self.policy.device, int(tape.length_S[rows].max())
         token_sL = torch.as_tensor(tape.token_SL[rows, :longest], device=device)
         turn_sL = torch.as_tensor(tape.turn_SL[rows, :longest], device=device)
@@ -305,12 +310,10 @@ class LearnsOffline(ABC):
             old_sL = torch.as_tensor(tape.old_logprob_SL[rows, :longest], device=device)
             num_turns = weight_sT.shape[1]
             change_sL = torch.where(turn_sL >= 0, logprob_sL.detach() - old_sL, 0.0)
-            ratio_sT = turn_logprobs(change_sL, turn_sL, num_turns).clamp(max=20.0).exp()
-            ratio_sT = ratio_sT.clamp(max=how.max_importance)
+            log_ratio_sT = turn_logprobs(change_sL, turn_sL, num_turns)
             spoken_sT = turn_logprobs(torch.ones_like(change_sL), turn_sL, num_turns) > 0
-            sums["turns"] += int(spoken_sT.sum())
-            sums["ratio"] += ratio_sT[spoken_sT].sum().item()
-            sums["ratio_squared"] += ratio_sT[spoken_sT].square().sum().item()
+            log_ratios += log_ratio_sT[spoken_sT].tolist()
+            ratio_sT = log_ratio_sT.clamp(max=math.log(how.max_importance)).exp()
             weight_sT = weight_sT * ratio_sT
         loss = policy_gradient_loss(logprob_sL, weight_sT, turn_sL, num_episodes=num_episodes)
         sums["policy_loss"] += loss.item()
@@ -416,6 +419,20 @@ class LearnsOffline(ABC):
         """Return the parameters that learn, by name."""
         parameters = self.policy.model.named_parameters()
         return {name: value for name, value in parameters if value.requires_grad}
+
+
+def effective_share(log_ratios: Sequence[float]) -> float:
+    """Return the effective sample size of importance ratios as a share of their number.
+
+        (sum w)^2 / sum w^2 / n,   1 if all are alike, 1/n if one outweighs all others
+
+    Source: Kong, A note on importance sampling using standardized weights, 1992.
+    """
+    if not len(log_ratios):
+        return 1.0
+    log_N = np.asarray(log_ratios, dtype=np.float64)
+    ratio_N = np.exp(log_N - log_N.max())
+    return float(ratio_N.sum() ** 2 / (ratio_N**2).sum() / len(ratio_N))
 
 
 def turns_without_tokens(tape: Tape, batch: Sequence[Trajectory], mine: np.ndarray) -> float:

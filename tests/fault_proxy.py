@@ -19,6 +19,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -174,6 +175,7 @@ class FaultProxy:
         self.in_flight = self.most_in_flight = 0
         self._seen: Counter[bytes] = Counter()
         self._port = 0
+        self._handlers: set[asyncio.Task[None]] = set()  # keeps them from being collected
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
@@ -209,7 +211,7 @@ class FaultProxy:
 
         async def listen() -> None:
             self._server = await asyncio.start_server(
-                self._serve, "127.0.0.1", self._port, backlog=512
+                self._accept, "127.0.0.1", self._port, backlog=512
             )
             self._port = self._server.sockets[0].getsockname()[1]
 
@@ -227,14 +229,17 @@ class FaultProxy:
 
         asyncio.run_coroutine_threadsafe(close(), self._loop).result()
 
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handler = self._loop.create_task(self._serve(reader, writer))
+        self._handlers.add(handler)
+        handler.add_done_callback(self._handlers.discard)
+        handler.add_done_callback(lambda _: writer.close())
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        # The client may go at any time, and so may the endpoint.
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await self._answer_one(reader, writer):
                 pass
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the client has gone, or the endpoint goes down
-        finally:
-            writer.close()
 
     async def _answer_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Answer a request; return whether the connection can be used again."""

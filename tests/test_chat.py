@@ -233,7 +233,9 @@ def test_a_seed_for_each_question_is_needed():
 @pytest.mark.parametrize("limit", [1, 3, 8])
 def test_no_more_requests_are_under_way_than_allowed(limit):
     async def answer(request):
-        await asyncio.sleep(0.01)
+        while server.most_in_flight < limit:
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.01)  # time for one too many
         return "Hm."
 
     with endpoint(answer) as server:
@@ -311,10 +313,13 @@ def test_thoughts_are_taken_off_alike_for_all_models():
     ids=lambda value: repr(value)[:30],
 )
 def test_what_is_no_chat_completion_is_asked_for_again_and_never_taken_for_one(body, named):
-    with endpoint(lambda request: Reply(200, body)) as server:
-        message = failure(OpenAIChat("m", server.url, budget=0.6))
+    answers = [Reply(200, body), Reply(200, body), "Hm."]
+    with endpoint(lambda request: answers.pop(0) if answers else Reply(200, body)) as server:
+        chat = OpenAIChat("m", server.url)
+        assert ask(chat) == [("Hm.", True)]
+        assert chat.retries == {"UnusableAnswerError": 2}
+        message = failure(OpenAIChat("m", server.url, budget=0.1))
     assert named in message and "no chat endpoint" in message and "/v1" in message
-    assert len(server.requests) >= 2
 
 
 def test_a_page_that_never_was_an_endpoint_is_given_up_before_the_budget_is_used(monkeypatch):
@@ -388,7 +393,6 @@ def test_a_key_that_the_server_repeats_is_nowhere_in_the_error(status, secret, b
             dumped = pickle.dumps(error)
         else:
             raise AssertionError("no error")
-    assert len(server.requests) >= 2
     assert secret not in shown
     if len(secret) > 8:  # not a piece of it either
         assert secret[:8] not in shown and secret[-8:] not in shown
@@ -436,6 +440,8 @@ def test_a_key_that_no_header_can_hold_is_a_final_error_without_the_key(secret, 
     with endpoint(lambda request: refusal(401, "no")) as server:
         message = failure(OpenAIChat("m", server.url))
     assert "geheim" not in message and server.url in message
+    assert "the key in OPENAI_API_KEY holds more than ASCII letters" in message
+    assert server.requests == []
 
 
 # ---- what a server refuses -----------------------------------------------------------------------
@@ -589,7 +595,7 @@ def test_a_refused_question_among_many_is_the_error_of_all():
 
     with endpoint(answer) as server:
         assert "Too long." in failure(OpenAIChat("m", server.url, concurrency=2), number=50)
-    assert len(server.requests) < 10
+    assert len(server.requests) < 50
 
 
 def test_a_wrong_model_name_is_told_with_those_that_there_are():
@@ -662,11 +668,14 @@ def test_a_pause_that_cannot_be_understood_is_ones_own(asked):
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 529])
 def test_what_passes_is_tried_until_the_budget_is_used_up(status):
-    with endpoint(lambda request: refusal(status, "busy")) as server:
-        chat = OpenAIChat("m", server.url, budget=0.7)
-        text = failure(chat)
-    tried = len(server.requests)
-    assert tried >= 2 and chat.retries == {f"status {status}": tried - 1}
+    busy = refusal(status, "busy")
+    answers = [busy, busy, "Hm."]
+    with endpoint(lambda request: answers.pop(0) if answers else busy) as server:
+        chat = OpenAIChat("m", server.url)
+        assert ask(chat) == [("Hm.", True)]
+        assert chat.retries == {f"status {status}": 2}
+        text = failure(OpenAIChat("m", server.url, budget=0.5))
+    tried = len(server.requests) - 3
     assert f"in {tried} attempts" in text and "busy" in text and "Nothing was lost" in text
 
 
@@ -774,23 +783,25 @@ def test_the_error_waits_for_those_that_are_under_way():
 
 
 def test_ctrl_c_waits_for_nobody_and_nothing_further_is_begun():
-    begun, release, gone = [], threading.Event(), threading.Event()
+    begun, both, release = [], threading.Barrier(2), threading.Event()
 
     def work(i):
         begun.append(i)
-        if i == 1:
-            _thread.interrupt_main()
+        if len(begun) <= 2:
+            both.wait(20)
+            if i == 1:
+                _thread.interrupt_main()
         release.wait(20)
-        gone.set()
 
+    before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         side_by_side(work, range(1000), 2)
+    workers = set(threading.enumerate()) - before
+    assert len(workers) == 2
     release.set()
-    gone.wait(20)
-    for thread in threading.enumerate():
-        if thread.daemon and thread is not threading.current_thread() and "work" in thread.name:
-            thread.join(20)
-    assert begun == [0, 1]
+    for worker in workers:
+        worker.join(20)
+    assert sorted(begun) == [0, 1]
 
 
 def test_a_chat_without_system_message_is_left_as_it_is():

@@ -31,9 +31,11 @@ from agents import PPGAgent, PPOAgent
 from agents import train as train_module
 from agents.checkpoint import CheckpointError
 from agents.lm_policy import LMPolicy
+from agents.logs import parse_trajectory
 from agents.ppg import DivergedError
 from agents.runs import RunFolder, read_metrics
 from agents.train import TrainConfig, make_agent, train
+from ppg_env import ChatJudge, Completion
 
 ROOT = Path(__file__).parent.parent
 
@@ -334,6 +336,15 @@ def documented_metrics() -> list[str]:
     return [key for cell in cells for key in re.findall("`([^`]+)`", cell)]
 
 
+class Babble:
+    """A chat model that never comes to a verdict."""
+
+    name, remote, nondeterministic = "babble", False, False
+
+    def __call__(self, chats: list[Any], seeds: list[int], **settings: Any) -> list[Completion]:
+        return [Completion("Well.", True)] * len(chats)
+
+
 def test_every_metric_is_documented_and_every_documented_metric_is_logged() -> None:
     kinds: list[tuple[type[PPGAgent], dict[str, Any]]] = [
         (PPGAgent, {}),
@@ -348,12 +359,27 @@ def test_every_metric_is_documented_and_every_documented_metric_is_logged() -> N
         agent.learn(1)
         logged.append(set(agent.log))
         assert all(math.isfinite(value) for value in agent.log.values())
+    log = [
+        parse_trajectory({**record, "persona": f"{i}", "group": i})
+        for i, record in enumerate(agent.batch.records())
+    ]
+    offline = PPGAgent(tiny_policy(), None, "full", seed=0, learning_rate=0.05)
+    with pytest.warns(UserWarning, match="effective sample size"):
+        offline.learn_offline(
+            log[:2], validation=log[2:], epochs=9, importance=True, sft_coef=1.0, min_ess=1.0
+        )
+    logged.append(set().union(*offline.history))
+    talking = gym.make_vec(
+        "PersonaDialogue-v0", num_envs=2, max_turns=1, judge=ChatJudge(Babble(), "chatting")
+    )
+    logged.append(set(PPGAgent(tiny_policy(), talking, group_size=2).learn(1).log))
     documented = documented_metrics()
     assert len(documented) == len(set(documented))
     assert set.union(*logged) == set(documented)
     assert logged[1] - logged[0] == {"train/kl"}
     assert logged[2] - logged[0] == {"train/entropy", "train/clip_fraction"}
     assert logged[3] - logged[0] == {"train/value_loss", "train/clip_fraction"}
+    assert logged[5] - logged[0] == {"judge/parse_rate"}
 
 
 def test_metrics_are_means_over_gradient_steps() -> None:
