@@ -31,6 +31,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 OPENAI_URL = "https://api.openai.com/v1"
+_OF_THIS_PROCESS = ("_client", "_lock", "_slots")
 _UNREACHABLE_PATIENCE = 15.0
 """Seconds for which an endpoint that has never answered may be unreachable, as one that starts, or
 send what is no chat completion, as the start page of something else."""
@@ -144,7 +145,7 @@ class OpenAIChat:
         url: the endpoint's root, such as http://localhost:8000/v1 ("/v1" is added to a bare host).
         api_key_env: environment variable that holds the key; servers of one's own need none. The
             key is read when the first question is asked and kept by the client alone.
-        concurrency: requests under way at a time.
+        concurrency: requests under way at a time, over all calls: a partner and a judge share it.
         timeout: seconds one attempt may take.
         budget: seconds one chat may take, all attempts and pauses included.
 
@@ -163,7 +164,7 @@ class OpenAIChat:
         url: str = OPENAI_URL,
         *,
         api_key_env: str = "OPENAI_API_KEY",
-        concurrency: int = 64,
+        concurrency: int = 128,
         timeout: float = 120.0,
         budget: float = 900.0,
     ) -> None:
@@ -187,7 +188,7 @@ class OpenAIChat:
         return f"{type(self).__name__}({self.model!r}, {self.url!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_client", "_lock")}
+        return {k: v for k, v in self.__dict__.items() if k not in _OF_THIS_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -196,6 +197,7 @@ class OpenAIChat:
     def _start(self) -> None:
         self._client: tuple[int, openai.OpenAI] | None = None
         self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(self.concurrency)
 
     @property
     def nondeterministic(self) -> bool:
@@ -215,23 +217,27 @@ class OpenAIChat:
         max_tokens: int,
     ) -> list[Completion]:
         """Return one completion for each chat; see ChatModel."""
+        failed = threading.Event()  # then the others of this call need not go on trying
 
         def ask(question: tuple[Messages, int]) -> Completion:
             chat, seed = question
-            return self._answer(
-                {
-                    "model": self.model,
-                    "messages": chat,
-                    "seed": seed,
-                    "temperature": temperature,
-                    "max_tokens": max_tokens,
-                }
-            )
+            request = {
+                "model": self.model,
+                "messages": chat,
+                "seed": seed,
+                "temperature": temperature,
+                "max_tokens": max_tokens,
+            }
+            try:
+                return self._answer(request, failed)
+            except ChatError:
+                failed.set()
+                raise
 
         return side_by_side(ask, list(zip(chats, seeds, strict=True)), self.concurrency)
 
-    def _answer(self, request: dict[str, Any]) -> Completion:
-        """Ask until there is an answer, a final error, or no time left."""
+    def _answer(self, request: dict[str, Any], failed: threading.Event) -> Completion:
+        """Ask until there is an answer, a final error, no time left, or another one failed."""
         import tenacity
 
         started = time.monotonic()
@@ -239,10 +245,12 @@ class OpenAIChat:
         def give_up(state: tenacity.RetryCallState) -> bool:
             assert state.outcome is not None
             error = state.outcome.exception()
+            # Some servers answer 500 for a model that they do not have.
             nobody = _is_unreachable(error) or isinstance(error, _UnusableAnswerError)
-            strange = nobody and not self._reached
+            strange = (nobody or _kind_of(error) == "status 500") and not self._reached
             patience = min(self.budget, _UNREACHABLE_PATIENCE) if strange else self.budget
-            return time.monotonic() - started + state.upcoming_sleep >= patience
+            late = time.monotonic() - started + state.upcoming_sleep >= patience
+            return late or failed.is_set()
 
         def note(state: tenacity.RetryCallState) -> None:
             assert state.outcome is not None
@@ -267,22 +275,46 @@ class OpenAIChat:
     def _attempt(self, request: dict[str, Any], started: float) -> Completion:
         import openai
 
-        left = max(0.1, self.budget - (time.monotonic() - started))
         while True:
             sent = self._accepted(request)
             try:
-                response = self._connected().chat.completions.with_raw_response.create(
-                    **sent, timeout=min(self.timeout, left)
-                )
+                with self._slots:
+                    left = max(0.1, self.budget - (time.monotonic() - started))
+                    body = self._post(sent, min(self.timeout, left))
                 break
             except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
                 field = _refused_field(error, sent)
                 if not field:
                     raise
                 self._refused.add(field)  # maybe not the first: others asked at the same time
-        completion = _read(response.http_response.content)
+        completion = _read(body)
         self._reached = True
         return completion
+
+    def _post(self, sent: dict[str, Any], timeout: float) -> bytes:
+        """Send a request and return the body of the answer.
+
+        Raises:
+            openai.OpenAIError: there is none; also where one trickles in for longer than `timeout`,
+                which the client's own limit, a pause between two parts, would let pass.
+        """
+        import openai
+
+        until = time.monotonic() + timeout
+        create = self._connected().chat.completions.with_streaming_response.create
+        # As `extra_body`: the client's checks of messages would take two thirds of a call's time.
+        with create(model=self.model, messages=[], extra_body=sent, timeout=timeout) as response:
+            parts = []
+            try:
+                for part in response.iter_bytes():
+                    parts.append(part)
+                    if time.monotonic() > until:
+                        raise openai.APITimeoutError(response.http_request)
+            except openai.OpenAIError:
+                raise
+            except Exception as error:
+                raise openai.APIConnectionError(request=response.http_request) from error
+        return b"".join(parts)
 
     def _connected(self) -> openai.OpenAI:
         """Return this process's client; one that a fork brought along is left to its parent."""
@@ -673,6 +705,9 @@ def _kind_of(error: BaseException | None) -> str:
 def _cause(error: BaseException) -> str:
     """Return an error in one line, with what lies behind a failed connection."""
     text = f"{type(error).__name__.lstrip('_')}: {error}"
+    said = getattr(getattr(error, "response", None), "text", "")
+    if said and said not in text:
+        text = f"{text} - {said}"
     behind = error.__cause__
     if behind is not None and str(behind) and str(behind) not in text:
         text = f"{text} {behind}"

@@ -121,10 +121,15 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
         super().reset(seed=seed)
         options = check_options(options, _OPTIONS)
         self.world.check_start(options.get("persona"), options.get("history"))
+        state = self.np_random.bit_generator.state
         dialogue_seed = draw_dialogue_seed(self.np_random)
-        (self._dialogue,) = self.world.begin(
-            [dialogue_seed], [options.get("persona")], [options.get("history")]
-        )
+        try:
+            (self._dialogue,) = self.world.begin(
+                [dialogue_seed], [options.get("persona")], [options.get("history")]
+            )
+        except BaseException:  # the partner failed: the same reset can be tried again
+            self.np_random.bit_generator.state = state
+            raise
         self._verdicts, self._lines_shown = [], 0
         if self.render_mode == "human":
             self._show()

@@ -121,10 +121,19 @@ class PersonaDialogueVectorEnv(
         slots = np.flatnonzero(mask_N)
         for slot in slots:
             self.world.check_start(personas[slot], histories[slot])
+        generators = list(self._generators)
+        states = [None if g is None else g.bit_generator.state for g in generators]
         dialogue_seeds = self._dialogue_seeds(slots, seeds, leader_N)
-        started = self.world.begin(
-            dialogue_seeds, [personas[i] for i in slots], [histories[i] for i in slots]
-        )
+        try:
+            started = self.world.begin(
+                dialogue_seeds, [personas[i] for i in slots], [histories[i] for i in slots]
+            )
+        except BaseException:  # the partner failed: the same reset can be tried again
+            self._generators = generators
+            for generator, state in zip(generators, states, strict=True):
+                if generator is not None and state is not None:
+                    generator.bit_generator.state = state
+            raise
         for slot, dialogue in zip(slots, started, strict=True):
             self._dialogues[slot] = dialogue
         infos = self._infos(

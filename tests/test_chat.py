@@ -55,6 +55,12 @@ def failure(chat, **how):
     return str(caught.value)
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    """Pauses before a question is asked again, where the server asks for none."""
+    monkeypatch.setattr("ppg_env.chat._LONGEST_PAUSE", 0.01)
+
+
 @pytest.fixture
 def key(monkeypatch):
     """A function that sets the key."""
@@ -374,14 +380,14 @@ def echoes_the_key(status, before):
 
 
 @pytest.mark.parametrize("secret", KEYS)
-@pytest.mark.parametrize("status", [200, 400, 401, 403, 404, 418, 429, 500])
+@pytest.mark.parametrize("status", [200, 400, 401, 404, 500])
 @pytest.mark.parametrize("before", [0, 15, 320])  # 320: cut in two
 def test_a_key_that_the_server_repeats_is_nowhere_in_the_error(status, secret, before, key, caplog):
     """Neither in its text, nor behind it, nor in what a traceback with local variables shows."""
     key(secret)
     caplog.set_level(logging.DEBUG)
     with echoes_the_key(status, before) as server:
-        chat = OpenAIChat("m", server.url, budget=0.2)
+        chat = OpenAIChat("m", server.url, budget=0.05)
         try:
             ask(chat, 2)
         except ChatError as error:
@@ -674,7 +680,7 @@ def test_what_passes_is_tried_until_the_budget_is_used_up(status):
         chat = OpenAIChat("m", server.url)
         assert ask(chat) == [("Hm.", True)]
         assert chat.retries == {f"status {status}": 2}
-        text = failure(OpenAIChat("m", server.url, budget=0.5))
+        text = failure(OpenAIChat("m", server.url, budget=0.1))
     tried = len(server.requests) - 3
     assert f"in {tried} attempts" in text and "busy" in text and "Nothing was lost" in text
 

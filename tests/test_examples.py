@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chat_servers import ChatServer, serving
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -22,10 +24,10 @@ README = ROOT / "README.md"
 NOTEBOOK = EXAMPLES / "03_compare_policy_classes.ipynb"
 
 
-def run_example(name: str) -> str:
+def run_example(name: str, *arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name)],
+        [sys.executable, str(EXAMPLES / name), *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -49,6 +51,22 @@ def test_the_second_example_tells_an_honest_agent_from_a_yes_sayer() -> None:
     )
     assert rewards.keys() == {"honest agent", "yes-sayer"}
     assert float(rewards["honest agent"]) > float(rewards["yes-sayer"]) + 0.2
+
+
+@pytest.fixture
+def server() -> Iterator[ChatServer]:
+    yield from serving()
+
+
+@pytest.mark.slow
+def test_the_fourth_example_speaks_with_models_behind_an_endpoint(server: ChatServer) -> None:
+    shown = run_example(
+        "04_endpoint_partner_and_judge.py", "--model", server.model, "--url", server.url
+    )
+    assert re.search(r"^4 turns, [0-4] of them scored", shown, re.M)
+    spoken = re.findall(r"patient.*: (.+?)\s+\S*\[", shown)
+    assert len(spoken) == 4
+    assert re.search(r"\[(1.00 consistent|0.00 contradicts|unscorable)", shown)
 
 
 def test_a_domain_of_ones_own_takes_less_than_thirty_lines() -> None:
