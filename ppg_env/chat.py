@@ -9,6 +9,7 @@ raises, and what it raises never holds a key.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import threading
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,6 +33,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 OPENAI_URL = "https://api.openai.com/v1"
+_BRACKETED = re.compile(r"\[(?=/?[A-Z_]+\])")
 _OF_THIS_PROCESS = ("_client", "_lock", "_slots")
 _UNREACHABLE_PATIENCE = 15.0
 """Seconds for which an endpoint that has never answered may be unreachable, as one that starts, or
@@ -558,6 +561,29 @@ def without_system(chat: Messages) -> Messages:
     return [first, *chat[2:]]
 
 
+def ask_about(instructions: str, material: object, ask: str) -> Messages:
+    """Return a chat that asks about texts of others: they can be read and give no orders.
+
+    Args:
+        instructions: the system message.
+        material: becomes one JSON object in the user's message. In JSON a text can neither end its
+            own quotation nor, without control tokens ("<|im_end|>", "</s>", "[INST]"), begin a
+            message of its own.
+        ask: the user's message, with {material} where the object goes.
+    """
+    quoted = json.dumps(material, ensure_ascii=False, indent=1)
+    quoted = _BRACKETED.sub(r"\\u005b", quoted.replace("<", "\\u003c"))
+    return [
+        {"role": "system", "content": instructions},
+        {"role": "user", "content": ask.format(material=quoted)},
+    ]
+
+
+def seed_of(chat: Messages) -> int:
+    """Return a chat's own seed: it is answered the same whenever it is asked."""
+    return int(sha256(json.dumps(chat).encode()).hexdigest()[:8], 16) % 2**31
+
+
 def side_by_side(function: Callable[[T], R], items: Sequence[T], limit: int) -> list[R]:
     """Return [function(item) for item in items], up to `limit` at a time in threads.
 
@@ -625,8 +651,6 @@ def _read(body: bytes) -> Completion:
     Raises:
         _UnusableAnswerError: there is none in it.
     """
-    import json
-
     try:
         choice = json.loads(body)["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason")

@@ -10,14 +10,13 @@ contradicts, or cannot be used, and what cannot be used is never a reward.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from .chat import ChatModel, Completion
+from .chat import ChatModel, Completion, ask_about, seed_of
 from .dialogue import Messages, Transcript, Verdict
 from .domains import Domain, get_domain
 from .domains.flaws import MARKUP, find_plain_flaw, machine_address
@@ -76,7 +75,6 @@ _CONFLICT_LINE = re.compile(
 _ANY_CONFLICTS = re.compile(
     r"CONFLICTS\s*[:：]\W*(\d+(?:[ \t,]+\d+)*|\w+)", re.IGNORECASE | re.ASCII
 )
-_BRACKETED = re.compile(r"\[(?=/?[A-Z_]+\])")
 _EMPHASIS = str.maketrans("", "", "*_`")
 _MARGINS = " \t#.。"
 _RULES = 2
@@ -257,7 +255,7 @@ class ChatJudge:
             return []
         return self.chat(
             chats,
-            [_seed(chat) for chat in chats],
+            [seed_of(chat) for chat in chats],
             temperature=self.temperature,
             max_tokens=self.max_tokens,
         )
@@ -360,15 +358,7 @@ def _last_line(text: str) -> str:
 
 
 def _chat(instructions: str, brief: str, material: object) -> Messages:
-    """Return the question: instructions in the system message, material as JSON in the user's."""
-    # In JSON a line can neither end its own quotation nor, without control tokens ("<|im_end|>",
-    # "</s>", "[INST]"), begin a message of its own.
-    quoted = json.dumps(material, ensure_ascii=False, indent=1)
-    quoted = _BRACKETED.sub(r"\\u005b", quoted.replace("<", "\\u003c"))
-    return [
-        {"role": "system", "content": instructions.format(data=_DATA, brief=brief).strip()},
-        {"role": "user", "content": _ASK.format(material=quoted)},
-    ]
+    return ask_about(instructions.format(data=_DATA, brief=brief).strip(), material, _ASK)
 
 
 def _repair(question: _Question, answer: str) -> Messages:
@@ -383,11 +373,6 @@ def _repair(question: _Question, answer: str) -> Messages:
 def _shown(line: str) -> str:
     """Return a line as the model is shown it: not if it speaks to the model itself."""
     return "..." if machine_address(line) else line
-
-
-def _seed(chat: Messages) -> int:
-    """Return the chat's own seed: a question is answered the same whenever it is asked."""
-    return int(sha256(json.dumps(chat).encode()).hexdigest()[:8], 16) % 2**31
 
 
 def _reasoning(answer: str) -> str:

@@ -11,7 +11,6 @@ A quiz writes the questions and grades the replies; whoever holds it puts the qu
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections import Counter
@@ -22,7 +21,7 @@ from unicodedata import category
 
 import numpy as np
 
-from .chat import ChatError, ChatModel, Completion
+from .chat import ChatError, ChatModel, Completion, ask_about, seed_of
 from .dialogue import Messages, Persona
 from .domains import Attribute, Domain, get_domain
 from .domains.flaws import MARKUP, find_plain_flaw
@@ -322,7 +321,7 @@ class ChatQuiz:
             return []
         return self.chat(
             chats,
-            [_seed(chat) for chat in chats],
+            [seed_of(chat) for chat in chats],
             temperature=self.temperature,
             max_tokens=self.max_tokens,
         )
@@ -334,7 +333,7 @@ class ChatQuiz:
             partner=self.domain.partner_role,
             number=self.num_questions,
         )
-        return _chat(instructions, _WRITE_ASK, {"background": persona.text})
+        return ask_about(instructions, {"background": persona.text}, _WRITE_ASK)
 
     def _usable(self, persona: Persona, answer: str) -> list[Question]:
         """Return the questions of the model's answer that can be asked."""
@@ -353,7 +352,7 @@ class ChatQuiz:
             "truth": question.answer,
             "reply": reply[:_LONGEST_REPLY],
         }
-        return _chat(_GRADE.format(data=_DATA), _GRADE_ASK, material)
+        return ask_about(_GRADE.format(data=_DATA), material, _GRADE_ASK)
 
     def _stop_if_unreadable(self, found: Sequence[str | None]) -> None:
         unreadable = sum(grade is None for grade in found)
@@ -423,21 +422,6 @@ def _tells(text: str, truth: str, telling: Sequence[str]) -> bool:
 
 def _words(text: str) -> list[str]:
     return _WORD.findall(text.casefold().replace("’", "'"))
-
-
-def _chat(instructions: str, ask: str, material: object) -> Messages:
-    """Return a chat with instructions in the system message, material as JSON in the user's."""
-    # In JSON a text can neither end its own quotation nor begin a message of its own.
-    quoted = json.dumps(material, ensure_ascii=False, indent=1).replace("<|", "<\\u007c")
-    return [
-        {"role": "system", "content": instructions},
-        {"role": "user", "content": ask.format(material=quoted)},
-    ]
-
-
-def _seed(chat: Messages) -> int:
-    """Return the chat's own seed: it is answered the same whenever it is asked."""
-    return int(sha256(json.dumps(chat).encode()).hexdigest()[:8], 16) % 2**31
 
 
 def _checked_number(num_questions: int) -> int:
