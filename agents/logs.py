@@ -382,7 +382,8 @@ def split_by_persona(
 
     A persona goes by its id and by what the agent was told: one id with two texts is one persona,
     and so is one text with two ids. Personas that share a dialogue stay together. What is told to
-    the agent in no system message and has no persona id goes by its group.
+    the agent in no system message and has no persona id goes by its group. Dialogues that agree
+    word by word stay together, those of one exchange excepted, which do so by chance.
 
     Args:
         trajectories: all of them.
@@ -442,11 +443,14 @@ def _marks(trajectory: Trajectory) -> dict[str, str]:
         named = f" (of persona {trajectory.persona!r})" if trajectory.persona else ""
         text = told["content"]
         marks[f"told {_digest(text)}"] = f"the persona text {text[:60]!r}{named}"
-    if told is None and not trajectory.persona and trajectory.group is not None:
+    nameless = told is None and not trajectory.persona
+    if nameless and trajectory.group is not None:
         marks[f"group {trajectory.group}"] = f"the group {trajectory.group!r}"
-    # Without roles: seen by its other speaker, a dialogue is the same.
+    # Without roles: seen by its other speaker, a dialogue is the same. A greeting and its answer
+    # are the same by chance.
     said = [message["content"] for message in trajectory.messages if message is not told]
-    marks[f"said {_digest(json.dumps(said))}"] = f"a dialogue, word by word ({said[0][:60]!r})"
+    if nameless or len(said) > 2:
+        marks[f"said {_digest(json.dumps(said))}"] = f"a dialogue, word by word ({said[0][:60]!r})"
     return marks
 
 

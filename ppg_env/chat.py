@@ -709,7 +709,7 @@ def _retry_after(error: BaseException | None) -> float:
 def _refused_field(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str:
     """Return which field the server does not take, of those that one can do without; else ""."""
     model = rf"(?<![\w-]){re.escape(str(sent['model']))}(?![\w-])"
-    text = re.sub(model, "", f"{error.message} {error.code}").lower()
+    text = re.sub(model, "", f"{error.message} {error.code} {error.response.text}").lower()
     if not _UNKNOWN_FIELD.search(text):
         return ""
     there = [name for name in ("max_tokens", "seed", "temperature") if name in sent]

@@ -353,7 +353,7 @@ def _file_name(path: Path) -> str:
     parts = path.parts
     if "exp" not in parts[:-1]:
         return path.name
-    at = len(parts) - 1 - parts[::-1].index("exp", 1)
+    at = len(parts) - 1 - parts[::-1].index("exp")
     return PurePosixPath(*parts[max(0, at - 1) :]).as_posix()
 
 
@@ -461,7 +461,7 @@ def _pieces(conversation: object) -> list[tuple[str, str, str]]:
     pieces = []
     for i, line in enumerate(lines):
         before = roles[i % 2] if line.startswith(roles[i % 2]) else ""
-        after = "\n" if line[len(before) :].endswith("\n") else ""
+        after = "\n" if line.endswith("\n") else ""
         pieces.append((before, line[len(before) : len(line) - len(after)], after))
     return pieces
 

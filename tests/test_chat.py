@@ -62,6 +62,12 @@ def short_pauses(monkeypatch):
 
 
 @pytest.fixture
+def impatient(monkeypatch):
+    """An endpoint that has never answered is soon given up, however slow this computer is."""
+    monkeypatch.setattr("ppg_env.chat._UNREACHABLE_PATIENCE", 0.02)
+
+
+@pytest.fixture
 def key(monkeypatch):
     """A function that sets the key."""
     return lambda value: monkeypatch.setenv("OPENAI_API_KEY", value)
@@ -318,20 +324,22 @@ def test_thoughts_are_taken_off_alike_for_all_models():
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_what_is_no_chat_completion_is_asked_for_again_and_never_taken_for_one(body, named):
+def test_what_is_no_chat_completion_is_asked_for_again_and_never_taken_for_one(
+    body, named, monkeypatch
+):
     answers = [Reply(200, body), Reply(200, body), "Hm."]
     with endpoint(lambda request: answers.pop(0) if answers else Reply(200, body)) as server:
         chat = OpenAIChat("m", server.url)
         assert ask(chat) == [("Hm.", True)]
         assert chat.retries == {"UnusableAnswerError": 2}
-        message = failure(OpenAIChat("m", server.url, budget=0.1))
+        monkeypatch.setattr("ppg_env.chat._UNREACHABLE_PATIENCE", 0.02)
+        message = failure(OpenAIChat("m", server.url))
     assert named in message and "no chat endpoint" in message and "/v1" in message
 
 
-def test_a_page_that_never_was_an_endpoint_is_given_up_before_the_budget_is_used(monkeypatch):
-    monkeypatch.setattr("ppg_env.chat._UNREACHABLE_PATIENCE", 0.5)
+def test_a_page_that_never_was_an_endpoint_is_given_up_before_the_budget_is_used(impatient):
     with endpoint(lambda request: Reply(200, b"<html>A start page</html>")) as server:
-        assert "A start page" in failure(OpenAIChat("m", server.url, budget=3600))
+        assert "A start page" in failure(OpenAIChat("m", server.url, budget=1.60))
 
 
 def test_an_endpoint_that_answered_once_has_the_whole_budget(monkeypatch):
@@ -382,12 +390,14 @@ def echoes_the_key(status, before):
 @pytest.mark.parametrize("secret", KEYS)
 @pytest.mark.parametrize("status", [200, 400, 401, 404, 500])
 @pytest.mark.parametrize("before", [0, 15, 320])  # 320: cut in two
-def test_a_key_that_the_server_repeats_is_nowhere_in_the_error(status, secret, before, key, caplog):
+def test_a_key_that_the_server_repeats_is_nowhere_in_the_error(
+    status, secret, before, key, caplog, impatient
+):
     """Neither in its text, nor behind it, nor in what a traceback with local variables shows."""
     key(secret)
     caplog.set_level(logging.DEBUG)
     with echoes_the_key(status, before) as server:
-        chat = OpenAIChat("m", server.url, budget=0.05)
+        chat = OpenAIChat("m", server.url)
         try:
             ask(chat, 2)
         except ChatError as error:
@@ -459,6 +469,7 @@ REFUSALS = [
     ("seed", 400, 'Invalid JSON payload received. Unknown name "seed": Cannot find field.', {}),
     ("seed", 400, "nothing to see", {"param": "seed", "code": "unsupported_parameter"}),
     ("seed", 422, "[{'type': 'extra_forbidden', 'loc': ['body', 'seed']}]", {}),
+    ("seed", 422, None, {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}),
     (
         "max_tokens",
         400,
@@ -490,7 +501,8 @@ def refuses(field, status, message, more):
         sent = request.json
         roles = [entry["role"] for entry in sent["messages"]]
         if field in sent or field in roles:
-            return refusal(status, message, **more)
+            other_format = Reply(status, json.dumps(more).encode())
+            return refusal(status, message, **more) if message else other_format
         return "Hm."
 
     return answer
@@ -588,6 +600,14 @@ def test_any_other_refusal_is_final_at_once(status, message):
     assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"detail": "Too warm."}', b'{"error": "Too warm."}', b"Too warm."]
+)
+def test_a_refusal_in_another_format_is_told_in_the_servers_words(body):
+    with endpoint(lambda request: Reply(400, body)) as server:
+        assert "Too warm." in failure(OpenAIChat("m", server.url))
+
+
 def test_a_field_in_the_models_name_is_no_refused_field():
     with endpoint(lambda request: refusal(400, "Unknown model: org/seed-oss-36b")) as server:
         chat = OpenAIChat("org/seed-oss-36b", server.url)
@@ -646,9 +666,9 @@ def test_a_redirect_to_somebody_else_does_not_take_the_key_along(key):
     assert "my-own-key" in str(server.requests) and "my-own-key" not in str(other.requests)
 
 
-def test_redirects_in_a_circle_are_a_final_error():
+def test_redirects_in_a_circle_are_a_final_error(impatient):
     with endpoint(lambda request: Reply(307, b"", {"location": request.path})) as server:
-        assert server.url in failure(OpenAIChat("m", server.url, budget=0.5))
+        assert server.url in failure(OpenAIChat("m", server.url))
 
 
 # ---- waiting -------------------------------------------------------------------------------------
@@ -673,28 +693,33 @@ def test_a_pause_that_cannot_be_understood_is_ones_own(asked):
 
 
 @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 529])
-def test_what_passes_is_tried_until_the_budget_is_used_up(status):
-    busy = refusal(status, "busy")
-    answers = [busy, busy, "Hm."]
-    with endpoint(lambda request: answers.pop(0) if answers else busy) as server:
+def test_what_passes_is_tried_again(status):
+    answers = [refusal(status, "busy"), refusal(status, "busy"), "Hm."]
+    with endpoint(lambda request: answers.pop(0)) as server:
         chat = OpenAIChat("m", server.url)
         assert ask(chat) == [("Hm.", True)]
-        assert chat.retries == {f"status {status}": 2}
-        text = failure(OpenAIChat("m", server.url, budget=0.1))
-    tried = len(server.requests) - 3
-    assert f"in {tried} attempts" in text and "busy" in text and "Nothing was lost" in text
+    assert chat.retries == {f"status {status}": 2}
 
 
-def test_nobody_there_is_told_as_such():
-    text = failure(OpenAIChat("m", "http://127.0.0.1:9", budget=0.5))
+def test_what_does_not_pass_within_the_budget_is_an_error_that_tells_how_often_it_was_tried():
+    busy = Reply(503, b'{"error": {"message": "busy"}}', {"retry-after": "1"})
+    with endpoint(lambda request: busy) as server:
+        text = failure(OpenAIChat("m", server.url, budget=1.6))
+    assert len(server.requests) > 1
+    assert f"in {len(server.requests)} attempts" in text and "(budget 2 s)" in text
+    assert "busy" in text and "Nothing was lost" in text
+
+
+def test_nobody_there_is_told_as_such(impatient):
+    text = failure(OpenAIChat("m", "http://127.0.0.1:9"))
     assert "Nothing answers for 'm' at http://127.0.0.1:9/v1" in text
     assert "is the server running" in text
 
 
-def test_a_long_error_page_is_told_in_a_line():
+def test_a_long_error_page_is_told_in_a_line(impatient):
     page = b"<html>\n" + b"<p>broken</p>\n" * 100_000
     with endpoint(lambda request: Reply(500, page)) as server:
-        text = failure(OpenAIChat("m", server.url, budget=0.3))
+        text = failure(OpenAIChat("m", server.url))
     assert len(text) < 1000 and "\n" not in text
 
 

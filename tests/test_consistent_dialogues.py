@@ -129,6 +129,13 @@ def test_both_chatting_speakers_have_a_view_and_lines_are_split_at_their_own_rol
     assert [r["source"]["speaker"] for r in (one, two)] == ["P1", "P2"]
 
 
+def test_the_role_is_what_most_lines_of_a_speaker_begin_with(tmp_path: Path) -> None:
+    lines = ["Ada: a\n", "Well\nyes: no\n", "Zoe: b\n", "Hi.\n", "Ada: Zoe: c\n"]
+    conversation = [[i, line] for i, line in enumerate(lines)]
+    one, _ = dialogue_records(put(tmp_path, chatting(conversation=conversation)))
+    assert [text for _, text in said(one)[1:]] == ["a", "Well\nyes: no", "Zoe: b", "Hi.", "Zoe: c"]
+
+
 def test_yes_is_a_contradiction_and_earns_nothing(tmp_path: Path) -> None:
     one, two = dialogue_records(put(tmp_path, chatting()))
     assert one["rewards"] == [1.0, None]  # no verdict is no reward
@@ -142,6 +149,13 @@ def test_yes_is_a_contradiction_and_earns_nothing(tmp_path: Path) -> None:
     assert two["reward_parts"]["line_to_line"] == [None, 0.0]
     assert one["reasons"] == [NO, ""] and two["reasons"] == [YES, NO]
     assert one["judge"] == JUDGE and one["flags"] == []
+
+
+def test_a_conflict_with_the_others_lines_is_no_verdict(tmp_path: Path) -> None:
+    answers = [[2, "They clash. [1]"], [3, "They fit. []"]]
+    one, two = dialogue_records(put(tmp_path, chatting(eval_index_consistency=answers)))
+    assert one["reward_parts"]["line_to_line"] == [None, None]
+    assert two["reward_parts"]["line_to_line"] == [None, 1.0]
 
 
 def test_the_judged_speaker_of_therapy_and_education_is_p2(tmp_path: Path) -> None:
@@ -402,10 +416,11 @@ def test_part_of_a_file_comes_back_in_its_order(tmp_path: Path) -> None:
     dialogues = [therapy((NO,) * n) for n in (1, 2, 3)]
     path = put(tmp_path, *dialogues, name="therapy/exp/x_1")
     first, _, third = dialogue_records(path)
+    before = json.dumps(first)
     assert published_dialogues([third, first]) == {
         "therapy/exp/x_1.json": [dialogues[0], dialogues[2]]
     }
-    assert "text" not in first["source"]["record"]  # nothing was filled in there
+    assert json.dumps(first) == before  # the record stays as it is
 
 
 @pytest.mark.parametrize("file", ["/etc/x.json", "../x.json", "a/../../x.json", ""])

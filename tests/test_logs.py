@@ -81,9 +81,9 @@ def told(messages: list[tuple[str, str]], **more: Any) -> Trajectory:
 
 
 def short(persona: str, said: str = "", system: str = "", **more: Any) -> Trajectory:
-    """One turn; its texts are this persona's own unless given."""
+    """One turn and a farewell; its texts are this persona's own unless given."""
     opening = [("system", system or f"You are {persona}.")]
-    lines = [("user", "Hello!"), ("assistant", said or f"I am {persona}.")]
+    lines = [("user", "Hello!"), ("assistant", said or f"I am {persona}."), ("user", "Bye.")]
     return told([*opening, *lines], persona=persona, **more)
 
 
@@ -503,6 +503,7 @@ def test_the_same_trajectories_give_the_same_bytes(tmp_path: Path) -> None:
         write_log(path, incompressible(20))
     assert one.read_bytes() == other.read_bytes()
     assert one.read_bytes().startswith(b"\x1f\x8b")
+    assert one.read_bytes()[3:8] == bytes(5)  # no name, no time
 
 
 def test_a_log_can_be_written_from_itself(tmp_path: Path) -> None:
@@ -621,7 +622,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     opening = draw(st.sampled_from([[], [("system", "x")], [("system", "y")], [("system", "z")]]))
     lines = [("user", "Hello!"), ("assistant", draw(st.sampled_from("stuvw")))]
     return told(
-        [*opening, *lines],
+        [*opening, *lines, *draw(st.sampled_from([[], [("user", "Bye.")]]))],
         persona=draw(NAMES),
         dialogue=draw(NAMES),
         group=draw(st.sampled_from([None, 0, 1, "0"])),
@@ -632,7 +633,8 @@ def marks_of(t: Trajectory) -> set[tuple[str, Any]]:
     """What must not be on both sides, told independently of the code."""
     texts = [m["content"] for m in t.messages]
     system = t.messages[0]["role"] == "system"
-    marks = {("said", tuple(texts[system:]))}
+    long = len(texts) - system > 2
+    marks = {("said", tuple(texts[system:]))} if long or not (system or t.persona) else set()
     marks |= {("persona", t.persona)} if t.persona else set()
     marks |= {("dialogue", t.dialogue)} if t.dialogue else set()
     marks |= {("told", texts[0])} if system else set()
@@ -700,6 +702,14 @@ def test_one_large_persona_does_not_become_the_test_set() -> None:
         assert {t.persona for t in test_set} == {f"p{i}" for i in range(10)}
 
 
+def test_where_every_persona_is_too_large_the_smallest_is_for_testing() -> None:
+    sizes = {"a": 50, "b": 30, "c": 40}
+    everything = [short(name, f"Line {j}.{name}") for name, n in sizes.items() for j in range(n)]
+    for seed in range(6):
+        _, test_set = split_by_persona(everything, 0.05, seed)
+        assert {t.persona for t in test_set} == {"b"}
+
+
 def test_families_are_connected_through_others() -> None:
     """a and b share a dialogue, b and c a text, c and d their words."""
     chain = [
@@ -753,6 +763,18 @@ def test_a_leak_is_refused_and_named(other: Trajectory, named: str) -> None:
             refuse_leaks(*map(iter, sides))
     with pytest.raises(LogError, match=named):
         refuse_leaks(train_set, [other])
+
+
+def test_one_exchange_in_the_same_words_is_no_leak_between_personas() -> None:
+    greetings = [
+        told([("system", f"You are {name}."), ("user", "Hi!"), ("assistant", "Hi.")], persona=name)
+        for name in ("a", "b")
+    ]
+    refuse_leaks(greetings[:1], greetings[1:])
+    assert split_by_persona(greetings, 0.5)
+    nobody = told([("user", "Hi!"), ("assistant", "Hi.")])
+    with pytest.raises(LogError, match="word by word"):
+        refuse_leaks([nobody], [nobody])
 
 
 def test_trajectories_of_which_nothing_is_known_go_by_group() -> None:
@@ -829,28 +851,31 @@ MIXED = [
     record(group=10**30, extra={"extra": 1}),
 ]
 GROUPS = [record(group=1), record(group=...), record(group=-5)]
+LARGE = [record(group=1), record(group=-(2**63))]
 
 
-@pytest.mark.parametrize("records", [MIXED, GROUPS, MIXED[:1], MIXED[1:2]])
+@pytest.mark.parametrize("records", [MIXED, GROUPS, LARGE, MIXED[:1], MIXED[1:2]])
 def test_rows_of_a_table_and_back_lose_nothing(records: list[dict[str, Any]]) -> None:
     written = [parse_trajectory(one) for one in records]
     rows = _rows(written)
     assert len({tuple(row) for row in rows}) == 1  # the same columns
+    groups = [row["group"] for row in rows if row.get("group") is not None]
+    assert len(set(map(type, groups))) < 2  # and one type
+    assert all(isinstance(group, str) or abs(group) < 2**63 for group in groups)
     # Arrow fills objects of a column up to the same keys.
-    for key in ("reward_parts",):
-        names = {name for row in rows for name in row.get(key) or ()}
-        for row in rows:
-            if row.get(key):
-                row[key] = {name: row[key].get(name) for name in names}
+    names = {name for row in rows for name in row.get("reward_parts") or ()}
+    for row in rows:
+        if row.get("reward_parts"):
+            row["reward_parts"] = {name: row["reward_parts"].get(name) for name in names}
     assert list(from_dataset(rows)) == written
     if records is GROUPS:
-        assert [row["group"] for row in rows] == [1, None, -5]
+        assert groups == [1, -5]
 
 
 @pytest.mark.skipif(
     not importlib.util.find_spec("datasets"), reason="datasets is not installed (extra: bench)"
 )
-@pytest.mark.parametrize("records", [MIXED, GROUPS, MIXED[:1], MIXED[1:2]])
+@pytest.mark.parametrize("records", [MIXED, GROUPS, LARGE, MIXED[:1], MIXED[1:2]])
 def test_a_dataset_and_back_loses_nothing(records: list[dict[str, Any]]) -> None:
     written = [parse_trajectory(one) for one in records]
     table = to_dataset(iter(written))
