@@ -1,4 +1,4 @@
-"""The command line: ppg demo | train | evaluate | play | limits | rejudge | calibrate.
+"""The command line: ppg demo | train | evaluate | play | limits | rejudge | calibrate | import.
 
 Every flag is a field of a config dataclass.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import torch
@@ -100,6 +100,25 @@ class CalibrateConfig:
     """Only so many dialogues of each run; None = all."""
     verdict_cache: str | None = None
     """SQLite file that keeps the judges' verdicts."""
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Which published dialogues become a log."""
+
+    source: tyro.conf.Positional[Literal["consistent-llms"]]
+    """The format: dialogue files of Consistent-LLMs, as published."""
+    folder: tyro.conf.Positional[str]
+    """A folder of such files (or one file)."""
+    out: str
+    """The log to write; gzipped if it ends in .gz."""
+    agents: Literal["judged", "both", "P1", "P2"] = "judged"
+    """Whose views become records: those that were judged (both in chatting, else the student or
+    patient), both, the first or the second speaker's."""
+    domain: str | None = None
+    """Only dialogues of this domain."""
+    other_judge: bool = False
+    """Keep the rewards of files that another judge scored with mixed polarity."""
 
 
 @dataclass(frozen=True)
@@ -377,6 +396,18 @@ def calibrate(c: CalibrateConfig) -> None:
         console.print(table)
 
 
+def import_log(c: ImportConfig) -> None:
+    """Turn published dialogues into a log that `ppg train --offline` reads."""
+    from ppg_env.consistent_dialogues import published_records
+
+    from .logs import parse_trajectory, write_log
+
+    records = published_records(c.folder, agents=c.agents, other_judge=c.other_judge)
+    chosen = (r for r in records if c.domain in (None, r["domain"]))
+    number = write_log(c.out, map(parse_trajectory, chosen))
+    console.print(f"wrote {c.out}: {number} dialogues", highlight=False)
+
+
 def _rejudged(
     folder: Path, judge: str, c: RejudgeConfig | CalibrateConfig
 ) -> Iterator[tuple[Mapping[str, Any], list[ppg_env.Verdict]]]:
@@ -432,6 +463,7 @@ def main() -> None:
             "limits": LimitsConfig,
             "rejudge": RejudgeConfig,
             "calibrate": CalibrateConfig,
+            "import": ImportConfig,
         },
         prog="ppg",
         description="Partial policy gradients for persona dialogues.",
@@ -444,6 +476,7 @@ def main() -> None:
         LimitsConfig: limits,
         RejudgeConfig: rejudge,
         CalibrateConfig: calibrate,
+        ImportConfig: import_log,
     }
     try:
         commands[type(config)](config)

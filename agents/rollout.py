@@ -86,8 +86,11 @@ class RolloutBatch:
         return replace(self, tape=None)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the dialogues as JSON objects, see logs.py; what is NaN here is None there."""
-        return [self._record(b) for b in range(len(self.group_B))]
+        """Return the dialogues as JSON objects, see logs.py; those without a turn are left out.
+
+        What is NaN here is None there.
+        """
+        return [self._record(b) for b in np.flatnonzero(self.alive_BT.any(axis=1))]
 
     def _record(self, b: int) -> dict[str, Any]:
         def spoken(value_T: np.ndarray) -> list[float | None]:

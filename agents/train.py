@@ -184,7 +184,8 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
             records = _records(learner) if c.keep_transcripts else []
             if folder is not None:
                 folder.log(learner.log)
-                folder.add_transcripts(records, learner.num_updates)
+                if records:
+                    folder.add_transcripts(records, learner.num_updates)
             log(learner.log, learner.num_timesteps)
             if c.checkpoint_every and learner.num_updates % c.checkpoint_every == 0:
                 learner.checkpoint(checkpoints, data=data)

@@ -90,10 +90,15 @@ def test_an_unknown_split_suggests_the_nearest():
 
 
 def test_a_persona_without_facts_is_told_what_the_rule_judge_needs():
-    env = make(domain="therapy", personas=[Persona("free", "therapy", "You love the sea.")])
-    env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"'free'.*no facts.*judge that reads free text"):
+    free = Persona("free", "therapy", "You love the sea.")
+    told = r"'free'.*no facts.*judge that reads free text.*openai:MODEL@URL.*nli:FOLDER"
+    with pytest.raises(ValueError, match=told):
+        make(domain="therapy", personas=[free])
+    env = make(domain="therapy")
+    env.reset(seed=0, options={"persona": free})
+    with pytest.raises(ValueError, match=told):
         env.step("I love the sea.")
+    assert make(domain="therapy", personas=[free], judge=lambda transcripts: []) is not None
 
 
 # ---- reset ---------------------------------------------------------------------------------------

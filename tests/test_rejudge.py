@@ -32,7 +32,8 @@ LINES = ["I work as a nurse.", "It depends on the day.", "I have a dog.", "I fee
 def played(domain: str, episodes: int = 6) -> list[dict[str, Any]]:
     """Dialogues of an agent that says the same four lines to everybody, as trainers store them."""
     envs = gym.make_vec("PersonaDialogue-v0", num_envs=episodes, domain=domain, max_turns=4)
-    batch = collect_rollouts(envs, ScriptedPolicy(lambda messages: LINES[len(messages) // 2 - 1]))
+    agent = ScriptedPolicy(lambda messages: LINES[len(messages) // 2 - 1])
+    batch = collect_rollouts(envs, agent, seed=0)
     return json.loads(json.dumps(batch.records(), allow_nan=False))
 
 
