@@ -90,7 +90,7 @@ class RolloutBatch:
 
         What is NaN here is None there.
         """
-        return [self._record(b) for b in np.flatnonzero(self.alive_BT.any(axis=1))]
+        return [self._record(int(b)) for b in np.flatnonzero(self.alive_BT.any(axis=1))]
 
     def _record(self, b: int) -> dict[str, Any]:
         def spoken(value_T: np.ndarray) -> list[float | None]:
