@@ -114,16 +114,15 @@ class RunFolder:
 
     def keep_transcripts(self, updates: int) -> None:
         """Keep the dialogues of the first `updates` updates only."""
-        path, draft = self.path / TRANSCRIPTS, self.path / f"{TRANSCRIPTS}.part"
+        path, kept = self.path / TRANSCRIPTS, 0
         if not path.exists():
             return
-        with _failure_explained(path):
-            with path.open("rb") as old, draft.open("wb") as new:
-                for line in old:
-                    if not line.endswith(b"\n") or json.loads(line).get("update", 0) > updates:
-                        break
-                    new.write(line)
-            draft.replace(path)
+        with _failure_explained(path), path.open("r+b") as lines:
+            for line in lines:
+                if not line.endswith(b"\n") or json.loads(line).get("update", 0) > updates:
+                    break
+                kept += len(line)
+            lines.truncate(kept)
 
     def write_agent(self, save: Callable[[Path], None]) -> None:
         """Let `save` write the trained agent into the folder, in whole or not at all.

@@ -356,7 +356,8 @@ def test_memory_does_not_grow_with_vocabulary_times_length(
     start, short, long = (float(word) for word in done.stdout.split())
     added_logits = rows * (lengths[1] - lengths[0]) * 150_000 * 4 / 2**20  # MiB in float32, once
     assert short - start > 20  # something is measured
-    assert long - short < 130 < added_logits  # a chunk's logits are 64 MiB
+    # A chunk's logits are 64 MiB; what the allocator keeps of freed ones varies from run to run.
+    assert long - short < max(130, 0.3 * added_logits) < added_logits
     assert long - start < (550 if entropy else 400) < rows * lengths[1] * 150_000 * 4 / 2**20
 
 
