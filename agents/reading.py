@@ -1,9 +1,12 @@
 """Logged dialogues as the tape that a policy would have left had it said these lines itself.
 
 Lines come as the ids that were sampled, where the log has them and the tokenizer is the same;
-otherwise they are tokenised once, with the end mark that the chat template puts behind a line. One
-token sequence holds a dialogue where the template only appends, else each turn starts a new one, as
-in conversation.py.
+otherwise they are tokenised once, with the blanks and the end mark that the chat template puts
+around a line. One token sequence holds a dialogue where the template only appends, else each turn
+starts a new one, as in conversation.py.
+
+Thoughts in a text (all up to its last "</think>") belong to its line and are in nobody's sight
+afterwards.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .chat_format import ChatFormat
 from .decoding import pad_rows
 from .lm_policy import LMPolicy
 from .logs import LogError, Trajectory
@@ -22,24 +26,13 @@ from .tape import Tape
 OPENING = "(You begin.)"
 """Stands for the partner's first line where the agent spoke first: chat templates want one."""
 
-
-@dataclass(frozen=True)
-class Reading:
-    """B logged dialogues as token sequences.
-
-    Attributes:
-        tape: their tokens; of turns that the model's context has no room for there are none.
-        has_logprobs_B: whether the log tells how likely the lines were when they were sampled.
-    """
-
-    tape: Tape
-    has_logprobs_B: np.ndarray
+_THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 
 
 def read_dialogues(
     policy: LMPolicy, trajectories: Sequence[Trajectory], tokenise_again: bool = False
-) -> Reading:
-    """Return the tape of logged dialogues.
+) -> Tape:
+    """Return the tape of logged dialogues; of turns that the context has no room for, nothing.
 
     Args:
         policy: whose chat template and tokenizer.
@@ -51,26 +44,24 @@ def read_dialogues(
         LogError: logged ids belong to another tokenizer.
     """
     rows: list[_Row] = []
-    cuts, known = [], []
     truncated_B = np.zeros(len(trajectories), dtype=bool)
+    spelling = _spelling(policy)
     for b, trajectory in enumerate(trajectories):
-        stored = _stored(policy, trajectory, tokenise_again)
-        known.append(stored is not None and trajectory.logprobs is not None)
-        dialogue = _read(policy, trajectory, b, stored)
+        stored = usable_ids(policy, trajectory, tokenise_again)
+        dialogue = _read(policy, trajectory, b, stored, spelling)
         rows += dialogue
-        cuts.append(trajectory.num_turns)
         spoken = {turn for row in dialogue for turn in row.turns if turn >= 0}
         truncated_B[b] = len(spoken) < trajectory.num_turns
-    tape = Tape(
+    longest = max((trajectory.num_turns for trajectory in trajectories), default=0)
+    return Tape(
         token_SL=pad_rows([row.ids for row in rows], policy.format.pad_id, np.int64),
         turn_SL=pad_rows([row.turns for row in rows], -1, np.int64),
         old_logprob_SL=pad_rows([row.logprobs for row in rows], 0.0, np.float32),
         length_S=np.array([len(row.ids) for row in rows], dtype=np.int64),
         episode_S=np.array([row.episode for row in rows], dtype=np.int64),
-        cut_BT=np.zeros((len(trajectories), max(cuts, default=0)), dtype=bool),
+        cut_BT=np.zeros((len(trajectories), longest), dtype=bool),
         truncated_B=truncated_B,
     )
-    return Reading(tape, np.array(known, dtype=bool))
 
 
 @dataclass
@@ -93,17 +84,18 @@ def _read(
     trajectory: Trajectory,
     episode: int,
     stored: Sequence[Sequence[int]] | None,
+    spelling: _Spelling,
 ) -> list[_Row]:
     """Return the dialogue's sequences, up to the turn that no longer fits the context."""
     form, limit = policy.format, policy.network.context_length
     appends = goes_on = policy.sequences != "turn" and form.append_only
-    messages = _opened_by_the_partner(trajectory.messages)
+    messages = _without_thoughts(_opened_by_the_partner(trajectory.messages))
+    lines = trajectory.lines
     at = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     rows: list[_Row] = []
     mark: str | None = None
     for turn, position in enumerate(at):
-        text = messages[position]["content"]
-        ids = form.line_ids(text) if stored is None else list(stored[turn])
+        ids = _line_ids(form, lines[turn], spelling) if stored is None else list(stored[turn])
         if rows and goes_on:
             row = rows[-1]
             forced: Sequence[int] = form.tail(messages[position - 1]["content"], mark or "")
@@ -122,10 +114,14 @@ def _read(
     return rows
 
 
-def _stored(
+def usable_ids(
     policy: LMPolicy, trajectory: Trajectory, tokenise_again: bool
 ) -> Sequence[Sequence[int]] | None:
-    """Return the ids that were sampled, None if the texts have to be tokenised."""
+    """Return the ids that were sampled, None if the texts have to be tokenised.
+
+    Raises:
+        LogError: as `read_dialogues`.
+    """
     if trajectory.token_ids is None:
         return None
     if trajectory.tokenizer == policy.tokenizer_fingerprint:
@@ -147,3 +143,58 @@ def _opened_by_the_partner(messages: Messages) -> Messages:
         return messages
     opening = {"role": "user", "content": OPENING}
     return [*messages[:first], opening, *messages[first:]]
+
+
+def _without_thoughts(messages: Messages) -> Messages:
+    """Return the dialogue as its partner heard it."""
+    return [
+        {**message, "content": message["content"].rpartition(_END_OF_THOUGHT)[2].lstrip()}
+        if message["role"] == "assistant" and _END_OF_THOUGHT in message["content"]
+        else message
+        for message in messages
+    ]
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a chat template writes a line."""
+
+    before: str
+    """Blanks between the prompt and the line."""
+    after: str
+    """Blanks between the line and its end mark."""
+    trims: bool
+    """Whether blanks around the line are left out."""
+
+
+def _spelling(policy: LMPolicy) -> _Spelling:
+    form, line = policy.format, "qXoWnLiNeXq"
+
+    def written(text: str) -> str:
+        own = {"role": "assistant", "content": text}
+        return form.render([*chat, own, {"role": "user", "content": "Yes."}], prompt=False)
+
+    chat = [{"role": "user", "content": "Hello."}]
+    prompt = form.render(chat)
+    before, _, after = written(line).partition(line)
+    before = before[len(prompt) :] if before.startswith(prompt) else ""
+    mark = (policy.sampler.mark_at_end(form.line_ids(line)) or "").strip()
+    ends = bool(mark) and after.lstrip().startswith(mark)
+    return _Spelling(
+        before="" if before.strip() else before,
+        after=after[: -len(after.lstrip())] if ends else "",
+        trims=written(f" {line} ") == written(line),
+    )
+
+
+def _line_ids(form: ChatFormat, text: str, spelling: _Spelling) -> list[int]:
+    """Return the ids of a line that is known as text."""
+    thought, has_thought, said = text.rpartition(_END_OF_THOUGHT)
+    if has_thought and form.opens_thought:
+        thought = thought.rpartition(_THOUGHT)[2].strip("\n")
+        return [*form.encode(thought), *form.line_ids(said.strip())]
+    if has_thought and _END_OF_THOUGHT in form.tokenizer.all_special_tokens:
+        text = said.lstrip()  # the marks would be left out, and the thought said aloud
+    if spelling.trims:
+        text = text.strip()
+    return form.line_ids(f"{spelling.before}{text}{spelling.after}")

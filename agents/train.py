@@ -139,6 +139,17 @@ class TrainConfig:
         if self.k is None and self.credit == "kstep":
             raise ValueError("credit='kstep' needs k, e.g. --credit kstep --k 3 or kstep:3.")
 
+        defaults: dict[str, Any] = {"validation": None, "method": "ppg", "baseline": "none"}
+        defaults |= {"importance": False, "sft_coef": 0.0, "patience": None}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.offline is None and changed:
+            raise ValueError(f"{', '.join(changed)} belong to learning from a log: give offline.")
+        if self.offline is not None and self.algorithm == "ppo":
+            raise ValueError(
+                "algorithm='ppo' learns from its own dialogues only; leave it out to learn from "
+                "a log with a credit."
+            )
+
     @property
     def credit_name(self) -> str:
         """The credit as agents.credit.parse_credit reads it."""
@@ -160,6 +171,8 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
         _refuse_other_domain(c.offline, c.domain)
     processes = all_processes(on_cpu=c.device == "cpu")
     agent = make_agent(c)
+    if c.offline is not None:
+        agent.check_offline(c.offline, c.validation, **_offline_settings(c))
     data = _data_hashes(c, agent)
     folder = None
     if processes.is_main_process:
@@ -190,21 +203,12 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
             if c.checkpoint_every and learner.num_updates % c.checkpoint_every == 0:
                 learner.checkpoint(checkpoints, data=data)
 
-        try:
+        with _saved_on_failure(agent, folder):
             agent.learn(
                 None if goes_on else c.total_timesteps,
                 callback=after_update,
                 progress_bar=progress_bar,
             )
-        except BaseException as error:
-            # After an error of one process alone the others would never come to save.
-            together = isinstance(error, KeyboardInterrupt | DivergedError)
-            if together or processes.num_processes == 1:
-                _save(agent, folder)
-            if folder is None or not isinstance(error, DivergedError):
-                raise
-            batch = folder.write_batch("diverged_batch", error.batch)
-            raise DivergedError(f"{error} The batch is in {batch}.", error.batch) from error
     _save(agent, folder)
     if folder is not None:
         folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
@@ -234,27 +238,47 @@ def _train_offline(
                 folder.log(learner.log)
             log(learner.log, learner.num_timesteps)
 
-        try:
+        with _saved_on_failure(agent, folder):
             agent.learn_offline(
                 c.offline,
                 validation=c.validation,
                 callback=after_update,
                 progress_bar=progress_bar,
-                epochs=c.n_epochs or 1,
-                batch_size=c.batch_size or 32,
-                method=c.method,
-                baseline=c.baseline,
-                importance=c.importance,
-                sft_coef=c.sft_coef,
-                patience=c.patience,
+                **_offline_settings(c),
             )
-        except KeyboardInterrupt:
-            _save(agent, folder)
-            raise
     _save(agent, folder)
     if folder is not None:
         folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
     return agent
+
+
+def _offline_settings(c: TrainConfig) -> dict[str, Any]:
+    """Return the fields of OfflineSettings that a run can set."""
+    return {
+        "epochs": c.n_epochs or 1,
+        "batch_size": c.batch_size or 32,
+        "method": c.method,
+        "baseline": c.baseline,
+        "importance": c.importance,
+        "sft_coef": c.sft_coef,
+        "patience": c.patience,
+    }
+
+
+@contextmanager
+def _saved_on_failure(agent: PPGAgent, folder: RunFolder | None) -> Iterator[None]:
+    """Save the agent if learning is interrupted or fails; of a breakdown also the batch."""
+    try:
+        yield
+    except BaseException as error:
+        # After an error of one process alone the others would never come to save.
+        together = isinstance(error, KeyboardInterrupt | DivergedError)
+        if together or agent.processes.num_processes == 1:
+            _save(agent, folder)
+        if folder is None or not isinstance(error, DivergedError):
+            raise
+        batch = folder.write_batch("diverged_batch", error.batch)
+        raise DivergedError(f"{error} The batch is in {batch}.", error.batch) from error
 
 
 def make_agent(c: TrainConfig) -> PPGAgent:

@@ -16,12 +16,13 @@ from chat_servers import ChatServer, serving
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from agents.logs import parse_trajectory, write_log
 from agents.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
-NOTEBOOK = EXAMPLES / "03_compare_policy_classes.ipynb"
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def run_example(name: str, *arguments: str) -> str:
@@ -69,6 +70,32 @@ def test_the_fourth_example_speaks_with_models_behind_an_endpoint(server: ChatSe
     assert re.search(r"\[(1.00 consistent|0.00 contradicts|unscorable)", shown)
 
 
+@pytest.mark.slow
+def test_the_sixth_example_learns_from_a_log(tmp_path: Path) -> None:
+    said = ["I like tea.", "My sister came by.", "It rained all day.", "I work at night."]
+    log = [
+        parse_trajectory(
+            {
+                "persona": f"p{i}",
+                "messages": [
+                    {"role": "system", "content": f"You are person number {i}."},
+                    {"role": "user", "content": "Hello."},
+                    {"role": "assistant", "content": said[i % 4]},
+                    {"role": "user", "content": "And then?"},
+                    {"role": "assistant", "content": said[(i + 1) % 4]},
+                ],
+                "rewards": [1.0, None if i % 3 == 0 else 0.0],
+            }
+        )
+        for i in range(24)
+    ]
+    write_log(tmp_path / "log.jsonl.gz", log)
+    shown = run_example("06_published_dialogues.py", str(tmp_path / "log.jsonl.gz"))
+    assert "24 dialogues, 48 lines of the agent: 24 consistent, 16 contradict, 8 unscor" in shown
+    losses = [float(x) for x in re.findall(r"^epoch \d: loss +([\d.]+),", shown, re.M)]
+    assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
+
+
 def test_a_domain_of_ones_own_takes_less_than_thirty_lines() -> None:
     tree = ast.parse((EXAMPLES / "02_your_own_agent.py").read_text(encoding="utf-8"))
     parts = [
@@ -88,12 +115,15 @@ def test_a_domain_of_ones_own_takes_less_than_thirty_lines() -> None:
 
 
 @pytest.mark.slow
-def test_every_cell_of_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_of_a_notebook_runs(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     kernel = {"resources": {"metadata": {"path": str(tmp_path)}}, "timeout": 150}
     nbclient.NotebookClient(notebook, kernel_name="python3", **kernel).execute()

@@ -1,0 +1,301 @@
+"""ppg train --offline: from a log file to an agent on disk, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import pytest
+import torch
+from test_cli import Terminal
+from test_train import ROOT, changed, go, spoil_gradients
+from tiny_models import tiny_policy
+
+from agents import PPGAgent, cli, evaluate_policy
+from agents import train as train_module
+from agents.logs import LogError, read_log, write_log
+from agents.ppg import DivergedError
+from agents.runs import RunFolder, read_metrics
+from agents.train import TrainConfig, make_agent, train
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model and two runs of it: as training and as held-out personas."""
+    folder = tmp_path_factory.mktemp("logs")
+    tiny_policy().save(folder / "model")
+    for name, personas in (("run", "train"), ("held_out", "test")):
+        config = TrainConfig(
+            model=str(folder / "model"),
+            run=str(folder / name),
+            device="cpu",
+            personas=personas,
+            episodes=6,
+            group_size=2,
+            max_turns=2,
+            max_new_tokens=6,
+            total_timesteps=2 * 6 * 2,
+            checkpoint_every=0,
+            learning_rate=1e-3,
+        )
+        train(config, progress_bar=False)
+        # The tiny model earns nothing: rewards to learn from are made up.
+        log = read_log(folder / name / "transcripts.jsonl")
+        scored = [replace(t, rewards=(i % 5 / 5, i % 3 / 3)) for i, t in enumerate(log)]
+        write_log(folder / f"{name}.jsonl", scored)
+    return folder
+
+
+@pytest.fixture
+def config(logs: Path, tmp_path: Path) -> TrainConfig:
+    """Two passes of three steps each."""
+    return TrainConfig(
+        model=str(logs / "model"),
+        offline=str(logs / "run.jsonl"),
+        validation=str(logs / "held_out.jsonl"),
+        run=str(tmp_path / "run"),
+        device="cpu",
+        max_turns=2,
+        n_epochs=2,
+        batch_size=4,
+        learning_rate=1e-3,
+    )
+
+
+def weights_of(agent: PPGAgent) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in agent.policy.model.parameters()])
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    monkeypatch.setattr(cli.console, "_width", 200)
+    return Terminal(monkeypatch, capsys)
+
+
+def manifest_of(config: TrainConfig) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(config.run) / "manifest.json").read_text())
+    return found
+
+
+# --- what a run is --------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_metrics_the_agent_and_a_result(config: TrainConfig) -> None:
+    agent, run = go(config), Path(config.run)
+    assert {path.name for path in run.iterdir()} == {
+        "agent",
+        "manifest.json",
+        "metrics.jsonl",
+        "result.json",
+    }
+    rows = read_metrics(run)
+    assert rows == agent.history and len(rows) == 6
+    assert [row["offline/epoch"] for row in rows] == [1, 1, 1, 2, 2, 2]
+    assert ["offline/validation_loss" in row for row in rows] == [False, False, True] * 2
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    result = json.loads((run / "result.json").read_text())
+    assert result == {"num_timesteps": 48, "last": agent.log}
+    loaded = PPGAgent.load(run / "agent")
+    assert torch.equal(weights_of(loaded), weights_of(agent))
+    assert not torch.equal(weights_of(agent), weights_of(PPGAgent(tiny_policy(), None)))
+    assert (loaded.num_updates, loaded.num_timesteps) == (6, 48)
+
+
+def test_the_manifest_knows_the_logs_by_their_contents(config: TrainConfig) -> None:
+    go(config)
+    data = manifest_of(config)["data"]
+    for name, path in (("log", config.offline), ("validation", config.validation)):
+        assert data[name] == sha256(Path(str(path)).read_bytes()).hexdigest()
+    settings = manifest_of(config)["settings"]
+    assert settings["offline"] == config.offline and settings["method"] == "ppg"
+
+
+def test_the_log_of_a_training_run_is_read_as_it_is(logs: Path, config: TrainConfig) -> None:
+    config = changed(config, offline=str(logs / "run" / "transcripts.jsonl"), validation=None)
+    log = list(read_log(str(config.offline)))
+    policy = make_agent(config).policy
+    assert len(log) == 12 and len({trajectory.group for trajectory in log}) == 6
+    assert {trajectory.tokenizer for trajectory in log} == {policy.tokenizer_fingerprint}
+    agent = go(changed(config, importance=True, baseline="leave_one_out"))
+    # Played with the weights at the start, or one update later.
+    assert agent.history[0]["offline/ess"] > 0.9
+    assert agent.history[0]["offline/dropped_turns"] == 0.0
+
+
+def test_plain_and_gzipped_logs_are_one_log(config: TrainConfig, tmp_path: Path) -> None:
+    plain = go(config)
+    zipped = tmp_path / "log.jsonl.gz"
+    zipped.write_bytes(gzip.compress(Path(str(config.offline)).read_bytes()))
+    found = go(changed(config, offline=str(zipped), run=str(tmp_path / "zipped")))
+    assert torch.equal(weights_of(found), weights_of(plain))
+
+
+@pytest.mark.parametrize("method", ["sft", "filtered"])
+def test_baselines_of_imitation_are_a_flag_away(method: str, config: TrainConfig) -> None:
+    agent = go(changed(config, method=method, validation=None, patience=None))
+    means = [row["offline/weight_mean"] for row in agent.history[:3]]
+    assert sum(means) / 3 == pytest.approx({"sft": 1.0, "filtered": 0.25}[method])
+
+
+def test_an_early_stop_keeps_the_best_pass(config: TrainConfig) -> None:
+    agent = go(changed(config, n_epochs=30, learning_rate=0.01, patience=2))
+    losses = [v for row in agent.history if (v := row.get("offline/validation_loss")) is not None]
+    assert len(losses) == losses.index(min(losses)) + 3 < 30
+    saved = PPGAgent.load(Path(config.run) / "agent")
+    found = saved.offline_loss(str(config.validation))
+    assert found == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_the_trained_agent_can_be_evaluated(
+    config: TrainConfig, terminal: Terminal, tmp_path: Path
+) -> None:
+    flags = ("--offline", str(config.offline), "--model", config.model, "--device", "cpu")
+    run = tmp_path / "by command"
+    code = terminal.run("train", *flags, "--batch-size", "6", "--run", str(run))
+    assert code == 0, terminal.output
+    assert str(run / "agent") in terminal.words
+    personas = tmp_path / "personas.jsonl"
+    lines = (ROOT / "ppg_env/data/chatting.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    personas.write_text("\n".join(lines), encoding="utf-8")
+    few = ("--personas", str(personas), "--episodes", "1", "--max-turns", "1")
+    assert terminal.run("evaluate", "--agent", str(run / "agent"), *few) == 0, terminal.output
+    envs = gym.make_vec("PersonaDialogue-v0", num_envs=2, max_turns=1, personas=str(personas))
+    assert len(evaluate_policy(envs, PPGAgent.load(run / "agent")).transcripts) == 3
+
+
+# --- stopping and going on ------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_the_agent_and_the_same_command_starts_again(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RunFolder.log
+
+    def log_until_the_third(folder: RunFolder, row: Any) -> None:
+        if len(folder.metrics()) == 2:
+            raise KeyboardInterrupt
+        log(folder, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", log_until_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            go(config)
+    run = Path(config.run)
+    assert PPGAgent.load(run / "agent").num_updates == 3
+    assert len(read_metrics(run)) == 2 and not (run / "result.json").exists()
+    again = go(config)
+    whole = go(changed(config, run=str(tmp_path / "whole")))
+    assert torch.equal(weights_of(again), weights_of(whole))
+    assert len(read_metrics(run)) == 6
+    assert torch.equal(weights_of(PPGAgent.load(run / "agent")), weights_of(whole))
+
+
+def test_a_finished_run_is_refused_and_left_alone(config: TrainConfig) -> None:
+    go(config)
+    files = {path: path.stat().st_mtime_ns for path in Path(config.run).rglob("*")}
+    with pytest.raises(FileExistsError, match=r"holds a finished run; choose another folder"):
+        go(config)
+    assert {path: path.stat().st_mtime_ns for path in Path(config.run).rglob("*")} == files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "sft"}, "method is 'ppg' there and 'sft' now"),
+        ({"n_epochs": 3}, "n_epochs is 2 there and 3 now"),
+        ({"sft_coef": 0.5}, r"sft_coef is 0\.0 there and 0\.5 now"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_run_with_other_settings_is_refused(
+    change: dict[str, Any], message: str, config: TrainConfig
+) -> None:
+    go(config)
+    with pytest.raises(FileExistsError, match=rf"holds another run \({message}\)"):
+        go(changed(config, **change))
+
+
+def test_a_run_on_another_log_of_the_same_name_is_refused(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(Path(str(config.offline)).read_bytes())
+    config = changed(config, offline=str(path))
+    go(config)
+    write_log(path, list(read_log(path))[1:])
+    with pytest.raises(FileExistsError, match=r"holds another run \(log is '\w+' there and"):
+        go(config)
+
+
+# --- what is refused before there is a run --------------------------------------------------------
+
+
+def test_a_log_of_another_domain_is_refused_before_the_run_folder_is_made(
+    config: TrainConfig,
+) -> None:
+    with pytest.raises(LogError, match=r"of the domain 'chatting', .*'therapy'; say --domain chat"):
+        go(changed(config, domain="therapy"))
+    assert not Path(config.run).exists()
+
+
+def test_a_log_that_does_not_exist_is_refused_before_the_run_folder_is_made(
+    config: TrainConfig,
+) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        go(changed(config, offline="nowhere.jsonl"))
+    assert not Path(config.run).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation": "nowhere.jsonl"}, "nowhere"),
+        ({"method": "dpo"}, "'filtered', got 'dpo'"),
+        ({"baseline": "value"}, "Unknown baseline 'value'"),
+        ({"patience": 1, "validation": None}, "patience=1 needs validation data"),
+        ({"algorithm": "ppo"}, "learns from its own dialogues only"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_learned_from_leaves_a_clean_place(
+    change: dict[str, Any], message: str, config: TrainConfig
+) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        go(changed(config, **change))
+    assert not Path(config.run).exists()  # the corrected command finds a clean place
+    go(config)
+
+
+def test_a_leak_leaves_a_clean_place(config: TrainConfig) -> None:
+    with pytest.raises(LogError, match="share the persona"):
+        go(changed(config, validation=config.offline))
+    assert not Path(config.run).exists()
+
+
+def test_settings_of_offline_learning_without_a_log_are_refused() -> None:
+    for change in ({"validation": "x.jsonl"}, {"method": "sft"}, {"importance": True}):
+        with pytest.raises(ValueError, match="offline"):
+            TrainConfig(**change)
+
+
+def test_a_run_that_diverges_leaves_the_agent_and_the_batch_for_inspection(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_spoilt_agent(config: TrainConfig) -> PPGAgent:
+        agent = make_agent(config)
+        spoil_gradients(agent, math.nan, {2, 3, 4})
+        return agent
+
+    monkeypatch.setattr(train_module, "make_agent", make_spoilt_agent)
+    run = Path(config.run)
+    with pytest.raises(DivergedError, match=rf"The batch is in {run}/diverged_batch"):
+        go(config)
+    assert (run / "diverged_batch" / "arrays.npz").exists()
+    assert PPGAgent.load(run / "agent").num_updates == 4
+    assert not (run / "result.json").exists()
