@@ -24,7 +24,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "baseline": {"baseline": "leave_one_out", "min_weight": None, "sft_coef": 2.0, "batch_size": 3},
     "importance": {"importance": True, "max_importance": 2.0, "epochs": 2, "batch_size": 4},
     "early stop": {"method": "sft", "epochs": 9, "batch_size": 7, "patience": 1},
-    "no room": {"batch_size": 1},
+    "no room": {"batch_size": 2, "epochs": 4},
     # Each holds half of the model, so that one without a dialogue has to read along.
     "sharded": {"sft_coef": 0.5, "batch_size": 3},
 }
