@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from gymnasium.vector import VectorEnv
 
+from .logs import opened_by_the_partner
 from .policy import Messages, Policy
 from .quiz import Quiz, evaluate_quiz
 from .rollout import RolloutBatch, collect_rollouts, speaker_for
@@ -175,10 +176,10 @@ def evaluate_steps(
         ValueError: if there is nothing to go on from, or for an unknown persona.
     """
     points = [
-        (trajectory.persona, turn, trajectory.history(turn), trajectory.reward_T[turn])
+        (trajectory.persona, turn, opened_by_the_partner(history), trajectory.reward_T[turn])
         for trajectory in trajectories
         for turn in range(trajectory.num_turns)
-        if trajectory.history(turn)[-1]["role"] == "user"
+        if (history := trajectory.history(turn)) and history[-1]["role"] == "user"
     ]
     if not points:
         raise ValueError("There is no logged turn to go on from.")
@@ -191,7 +192,8 @@ def evaluate_steps(
         speaker = speaker_for(policy, envs.num_envs, seed, start)
         lines = speaker.reply(observations, np.ones(envs.num_envs, dtype=bool), deterministic)
         said = tuple(line or "..." for line in lines)
-        reward_N[start : start + len(chunk)] = envs.step(said)[1][: len(chunk)]
+        reward_B = np.where(speaker.spoke_B, envs.step(said)[1], np.nan)
+        reward_N[start : start + len(chunk)] = reward_B[: len(chunk)]
     names, persona_N = np.unique([p[0] for p in points], return_inverse=True)
     logged_N = np.array([p[3] for p in points])
     turn_N = np.array([p[1] for p in points])

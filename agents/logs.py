@@ -128,6 +128,19 @@ class Trajectory:
         return {**record, **self.extra}
 
 
+OPENING = "(You begin.)"
+"""Stands for the partner's first line where the agent spoke first: chat templates want one."""
+
+
+def opened_by_the_partner(messages: Messages) -> Messages:
+    """Return the dialogue with a first line of the partner where the agent spoke first."""
+    first = 1 if messages[0]["role"] == "system" else 0
+    if messages[first]["role"] == "user":
+        return messages
+    opening = {"role": "user", "content": OPENING}
+    return [*messages[:first], opening, *messages[first:]]
+
+
 class LogError(ValueError):
     """A log cannot be used; names the file, the line and the field."""
 

@@ -19,12 +19,10 @@ import numpy as np
 from .chat_format import ChatFormat
 from .decoding import pad_rows
 from .lm_policy import LMPolicy
-from .logs import LogError, Trajectory
+from .logs import OPENING as OPENING
+from .logs import LogError, Trajectory, opened_by_the_partner
 from .policy import Messages
 from .tape import Tape
-
-OPENING = "(You begin.)"
-"""Stands for the partner's first line where the agent spoke first: chat templates want one."""
 
 _THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 
@@ -89,7 +87,7 @@ def _read(
     """Return the dialogue's sequences, up to the turn that no longer fits the context."""
     form, limit = policy.format, policy.network.context_length
     appends = goes_on = policy.sequences != "turn" and form.append_only
-    messages = _without_thoughts(_opened_by_the_partner(trajectory.messages))
+    messages = _without_thoughts(opened_by_the_partner(trajectory.messages))
     lines = trajectory.lines
     at = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     rows: list[_Row] = []
@@ -134,15 +132,6 @@ def usable_ids(
         f"{policy.tokenizer_fingerprint}: the ids mean other words. Learn with the model that "
         "spoke, or set tokenise_again, which uses the texts and no logged log-probabilities."
     )
-
-
-def _opened_by_the_partner(messages: Messages) -> Messages:
-    """Return the dialogue with a first line of the partner where the agent spoke first."""
-    first = 1 if messages[0]["role"] == "system" else 0
-    if messages[first]["role"] == "user":
-        return messages
-    opening = {"role": "user", "content": OPENING}
-    return [*messages[:first], opening, *messages[first:]]
 
 
 def _without_thoughts(messages: Messages) -> Messages:

@@ -134,7 +134,6 @@ def test_the_turn_that_the_agent_began_with_is_left_out() -> None:
         evaluate_steps(worlds(2), policy, [])
 
 
-@pytest.mark.xfail(strict=True, reason="the environment refuses histories that the agent began")
 def test_later_turns_of_a_dialogue_that_the_agent_began_are_gone_on_from() -> None:
     begun = played(1)[0]
     chat = [begun.messages[0], *begun.messages[2:]]
@@ -227,7 +226,6 @@ def test_dialogues_longer_than_the_environments_are_refused() -> None:
         evaluate_steps(worlds(2, max_turns=2), Noted(), played(1))
 
 
-@pytest.mark.xfail(strict=True, reason="evaluate.py says '...' for a policy that has no room")
 def test_a_turn_without_room_in_the_models_context_is_left_out() -> None:
     policy = tiny_policy(max_new_tokens=5)
     policy.network.context_length = 20
