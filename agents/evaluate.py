@@ -245,7 +245,7 @@ def _summary(
         reward_T=_row_means(reward_ET.T),
         part_T={name: _row_means(part_ET.T) for name, part_ET in parts.items()},
         persona_reward=dict(zip(names.tolist(), means["reward"].tolist(), strict=True)),
-        records=[record for b, number in batches for record in b.records()[:number]],
+        records=[record for b, number in batches for record in b.records(number)],
         transcripts=[b.transcripts[row] for b, row in kept],
         transcript_rewards=[b.reward_BT[row][b.alive_BT[row]].tolist() for b, row in kept],
         num_tokens=sum(b.num_tokens for b, _ in batches),

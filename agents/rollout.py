@@ -85,12 +85,12 @@ class RolloutBatch:
         """Return the batch without its tokens."""
         return replace(self, tape=None)
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self, first: int | None = None) -> list[dict[str, Any]]:
         """Return the dialogues as JSON objects, see logs.py; those without a turn are left out.
 
-        What is NaN here is None there.
+        What is NaN here is None there. With `first`, only of the first so many slots.
         """
-        return [self._record(int(b)) for b in np.flatnonzero(self.alive_BT.any(axis=1))]
+        return [self._record(int(b)) for b in np.flatnonzero(self.alive_BT[:first].any(axis=1))]
 
     def _record(self, b: int) -> dict[str, Any]:
         def spoken(value_T: np.ndarray) -> list[float | None]:
