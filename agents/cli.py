@@ -205,7 +205,8 @@ def train_agent(c: TrainConfig) -> None:
     try:
         agent = train(c)
     except KeyboardInterrupt:
-        console.print("Stopped. The same command goes on from the last checkpoint.")
+        where = "from the last checkpoint" if c.offline is None else "from the start of the log"
+        console.print(f"Stopped. The same command goes on {where}.")
         raise
     if agent.processes.is_main_process:
         console.print(f"The agent is in {c.run}/agent")

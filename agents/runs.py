@@ -213,15 +213,9 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
 
 
 def read_transcripts(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the dialogues in a run folder, one JSON object each.
+    """Yield the dialogues in a run folder, one JSON object each, in the format of logs.py.
 
-        domain, persona   name and id, where the environment told them
-        group             dialogues with equal ids had the same persona, opening and partner seed
-        update            number of the update in which it was played, from 1; only of training
-        messages          chat messages as the agent saw them
-        rewards           one a turn; null where the judge could not score it
-        reward_parts      components by name, one a turn; null where one does not apply
-        reasons           the judge's, one a turn
+    Those of training also have "update", the number of the update in which they were played.
 
     Raises:
         FileNotFoundError: the folder holds no dialogues.

@@ -579,9 +579,14 @@ def ask_about(instructions: str, material: object, ask: str) -> Messages:
     ]
 
 
-def seed_of(chat: Messages) -> int:
-    """Return a chat's own seed: it is answered the same whenever it is asked."""
-    return int(sha256(json.dumps(chat).encode()).hexdigest()[:8], 16) % 2**31
+def answers_to(
+    chats: Sequence[Messages], chat: ChatModel, temperature: float, max_tokens: int
+) -> list[Completion]:
+    """Return the answer to each chat, asked with a seed made of its text: always the same one."""
+    if not chats:
+        return []
+    seeds = [int(sha256(json.dumps(c).encode()).hexdigest()[:8], 16) % 2**31 for c in chats]
+    return chat(chats, seeds, temperature=temperature, max_tokens=max_tokens)
 
 
 def side_by_side(function: Callable[[T], R], items: Sequence[T], limit: int) -> list[R]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from .chat import ChatModel, Completion, ask_about, seed_of
+from .chat import ChatModel, Completion, answers_to, ask_about
 from .dialogue import Messages, Transcript, Verdict
 from .domains import Domain, get_domain
 from .domains.flaws import MARKUP, find_plain_flaw, machine_address
@@ -251,14 +251,7 @@ class ChatJudge:
         return read
 
     def _complete(self, chats: Sequence[Messages]) -> list[Completion]:
-        if not chats:
-            return []
-        return self.chat(
-            chats,
-            [seed_of(chat) for chat in chats],
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-        )
+        return answers_to(chats, self.chat, self.temperature, self.max_tokens)
 
     def _stop_if_unparsable(self, unread: Sequence[str]) -> None:
         number = len(self._recent)

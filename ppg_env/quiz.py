@@ -21,7 +21,7 @@ from unicodedata import category
 
 import numpy as np
 
-from .chat import ChatError, ChatModel, Completion, ask_about, seed_of
+from .chat import ChatError, ChatModel, Completion, answers_to, ask_about
 from .dialogue import Messages, Persona
 from .domains import Attribute, Domain, get_domain
 from .domains.flaws import MARKUP, find_plain_flaw
@@ -317,14 +317,7 @@ class ChatQuiz:
         return found
 
     def _complete(self, chats: Sequence[Messages]) -> list[Completion]:
-        if not chats:
-            return []
-        return self.chat(
-            chats,
-            [seed_of(chat) for chat in chats],
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-        )
+        return answers_to(chats, self.chat, self.temperature, self.max_tokens)
 
     def _writing(self, persona: Persona) -> Messages:
         instructions = _WRITE.format(
