@@ -1,4 +1,4 @@
-"""The command line: ppg demo | train | evaluate | play | limits | rejudge | calibrate | import.
+"""The command line: ppg demo | compare | report | train | evaluate | play | limits | ...
 
 Every flag is a field of a config dataclass.
 """
@@ -6,6 +6,7 @@ Every flag is a field of a config dataclass.
 from __future__ import annotations
 
 import io
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ import ppg_env
 from ppg_env.quiz import ChatQuiz, FactQuiz
 from ppg_env.world import World
 
-from .compare import Cell, CompareConfig, cells, compare
+from .compare import DOMAINS, Cell, CompareConfig, Outcome, cells, compare
 from .credit import parse_credit
 from .ppg import DivergedError
 from .train import TrainConfig, train
@@ -37,6 +38,36 @@ _BREAKDOWNS = (
     ppg_env.UnparsableJudgeError,
 )
 console = Console() if sys.stdout.isatty() else Console(width=170)
+
+
+@dataclass(frozen=True)
+class DemoConfig(CompareConfig):
+    """What the demo shows: one training run of every policy class."""
+
+    run: str = "runs/demo"
+    """Run folder; cells that are complete in it are not run again."""
+    seeds: int = 1
+    """One; for more see ppg compare."""
+    keep_agents: bool = True
+    """Keep every trained agent (nano: 5 MB each)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seeds != 1 or len(self.budgets) != 1 or len(self.noise) != 1:
+            raise ValueError(
+                "The demo shows one run of every method; several seeds, budgets or noise levels "
+                "are what ppg compare is for."
+            )
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Which comparison is reported."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders of ppg compare that were made under the same conditions."""
+    out: str | None = None
+    """Folder to write to; None = "report" in the first run folder."""
 
 
 @dataclass(frozen=True)
@@ -153,39 +184,13 @@ class LimitsConfig:
     """How often the scripted partner is distracted, a probability."""
 
 
-def demo(c: CompareConfig) -> None:
+def demo(c: DemoConfig) -> None:
     """Train every policy class in every domain, compare on held-out personas, write a report."""
-    from .report import COLUMNS, findings, save_report, table_rows
+    from .demo import COLUMNS, findings, save_demo, table_rows
 
-    for domain in c.domains:
-        ppg_env.get_domain(domain)
-    everything = cells(c)
-    console.print(
-        f"{len(everything)} cells: {', '.join(c.domains)} x untrained, {', '.join(c.methods)}; "
-        f"{c.updates} updates x {c.episodes} dialogues each, {c.workers} processes"
-    )
     started = time.perf_counter()
-    with _progress() as progress:
-        overall = progress.add_task("[bold]all cells", total=len(everything))
-        tasks = {
-            cell: progress.add_task(f"{cell.domain} {cell.method}", total=1.0, visible=False)
-            for cell in everything
-        }
-
-        def show(share: Mapping[Cell, float]) -> None:
-            progress.update(overall, completed=sum(share.values()))
-            for cell, done in share.items():
-                progress.update(tasks[cell], completed=done, visible=0.0 < done < 1.0)
-
-        try:
-            results = compare(c, show)
-        except KeyboardInterrupt:
-            progress.stop()
-            console.print(
-                "Stopped. Finished cells are kept; the same command goes on with the rest."
-            )
-            sys.exit(130)
-
+    outcomes = _compared(c)
+    results = {cell: found.result for cell, found in outcomes.items() if found.result is not None}
     table = Table(title="Held-out personas, mean [95 % interval]")
     for name in ("domain", "method", *COLUMNS):
         table.add_column(name.replace("_to_", " to\n"), overflow="fold")
@@ -194,9 +199,82 @@ def demo(c: CompareConfig) -> None:
     console.print(table)
     for sentence in findings(results):
         console.print(sentence, highlight=False)
-    for path in save_report(results, c):
+    for path in save_demo(results, c):
         console.print(f"wrote {path}")
     console.print(f"{time.perf_counter() - started:.0f} s in all")
+    _exit_if_failed(outcomes)
+
+
+def compare_methods(c: CompareConfig) -> None:
+    """Train every method on every budget with every seed, compare on held-out personas."""
+    started = time.perf_counter()
+    outcomes = _compared(c)
+    make_report(ReportConfig((c.run,)))
+    console.print(f"{time.perf_counter() - started:.0f} s in all")
+    _exit_if_failed(outcomes)
+
+
+def make_report(c: ReportConfig) -> None:
+    """Write the page, the tables and the figures of a comparison; print what it found."""
+    from .report import DIFFERENCES, EARNED, difference_rows, earned_rows, findings, write_report
+    from .results import read_comparison
+
+    found = read_comparison(*c.runs)
+    for title, header, rows in (
+        ("What every method earned, mean [95 % interval]", EARNED, earned_rows(found)),
+        ("What separates them", DIFFERENCES, difference_rows(found)),
+    ):
+        table = Table(title=title)
+        for name in header:
+            table.add_column(name.replace("_to_", " to\n"), overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace(" [", "\n[") for cell in row))
+        console.print(table)
+    for warning in found.warnings:
+        console.print(warning, style="yellow", markup=False)
+    for sentence in findings(found):
+        console.print(sentence, highlight=False, markup=False)
+    for path in write_report(c.runs, c.out):
+        console.print(f"wrote {path}", highlight=False)
+
+
+def _compared(c: CompareConfig) -> dict[Cell, Outcome]:
+    """Run a comparison with a progress bar."""
+    for domain in c.domains:
+        ppg_env.get_domain(domain)
+    everything = cells(c)
+    console.print(
+        f"{len(everything)} cells: {', '.join(c.domains)} x untrained, {', '.join(c.methods)}; "
+        f"{', '.join(map(str, c.budgets))} dialogues, {c.seeds} seeds, {c.workers} processes"
+    )
+    with _progress() as progress:
+        overall = progress.add_task("[bold]all cells", total=len(everything))
+        tasks = {
+            cell: progress.add_task(str(cell), total=1.0, visible=False) for cell in everything
+        }
+
+        def show(share: Mapping[Cell, float]) -> None:
+            progress.update(overall, completed=sum(share.values()))
+            for cell, done in share.items():
+                progress.update(tasks[cell], completed=done, visible=0.0 < done < 1.0)
+
+        try:
+            return compare(c, show)
+        except KeyboardInterrupt:
+            progress.stop()
+            console.print(
+                "Stopped. Finished cells are kept; the same command goes on with the rest."
+            )
+            sys.exit(130)
+
+
+def _exit_if_failed(outcomes: Mapping[Cell, Outcome]) -> None:
+    """End with an error if a cell failed; what is complete has been reported."""
+    failed = {cell: found.error for cell, found in outcomes.items() if found.result is None}
+    for cell, error in failed.items():
+        console.print(f"failed: {cell}: {error}", style="red", markup=False)
+    if failed:
+        sys.exit(1)
 
 
 def train_agent(c: TrainConfig) -> None:
@@ -453,11 +531,29 @@ def _progress() -> Progress:
     )
 
 
+def _with_lists(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with "a,b" after a flag that takes several values as "a b".
+
+    A comma before a number is part of a name, as in segment:0,3,6, but in budgets and noise.
+    """
+    found: list[str] = []
+    split = ""
+    for argument in arguments:
+        if argument.startswith("--"):
+            split = {"--methods": r",(?=[a-zA-Z_])", "--domains": ","}.get(argument, "")
+            split = "," if argument in ("--budgets", "--noise") else split
+        found += re.split(split, argument) if split else [argument]
+    return found
+
+
 def main() -> None:
     """Entry point of the `ppg` command."""
+    sys.path.append(str(Path.cwd()))  # where a class of the user's own may be
     config = tyro.extras.subcommand_cli_from_dict(
         {
-            "demo": CompareConfig,
+            "demo": DemoConfig,
+            "compare": CompareConfig,
+            "report": ReportConfig,
             "train": TrainConfig,
             "evaluate": EvaluateConfig,
             "play": PlayConfig,
@@ -467,10 +563,13 @@ def main() -> None:
             "import": ImportConfig,
         },
         prog="ppg",
+        args=_with_lists(sys.argv[1:]),
         description="Partial policy gradients for persona dialogues.",
     )
     commands: dict[type, Callable[[Any], None]] = {
-        CompareConfig: demo,
+        DemoConfig: demo,
+        CompareConfig: compare_methods,
+        ReportConfig: make_report,
         TrainConfig: train_agent,
         EvaluateConfig: evaluate_agent,
         PlayConfig: play,

@@ -293,6 +293,8 @@ _PARSERS: dict[str, tuple[str, Callable[[str | None], Credit]]] = {
     "discounted": ("discounted:0.9", lambda argument: Discounted(float(_required(argument)))),
     "trajectory": ("trajectory", _bare(Trajectory())),
 }
+CREDIT_NAMES = tuple(_PARSERS)
+"""What a name may start with."""
 
 
 # --- weights and partial returns ------------------------------------------------------------------

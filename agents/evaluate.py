@@ -20,26 +20,7 @@ from .logs import opened_by_the_partner
 from .policy import Messages, Policy
 from .quiz import Quiz, evaluate_quiz
 from .rollout import RolloutBatch, collect_rollouts, speaker_for
-
-NUM_RESAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the bounds of its 95 % confidence interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Return e.g. "0.412 [0.391, 0.433]"."""
-        return f"{self}"
-
-    def __format__(self, spec: str) -> str:
-        """Return mean and bounds, each formatted by `spec`, else with three decimals."""
-        spec = spec or ".3f"
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+from .statistics import Estimate, bootstrap_mean, drift_slopes
 
 
 @dataclass(frozen=True)
@@ -53,22 +34,29 @@ class Evaluation:
             means.
         reward_T: mean reward of each turn.
         part_T: mean of each part of the reward at each turn, NaN where nothing could be checked.
-        persona_reward: mean reward per turn of each persona, for paired comparisons.
+        by_persona: {metric: {persona: its mean}}, for paired comparisons; NaN where it has none.
         records: the dialogues as JSON objects, see runs.read_transcripts.
         transcripts: what was said, one message list a dialogue.
         transcript_rewards: the rewards of each of them, one list a dialogue.
+        boundaries: first turn of each phase of the dialogues, where they have phases.
         num_tokens, seconds: sampled tokens (0 without) and wall-clock time of the rollouts.
     """
 
     metrics: Mapping[str, Estimate]
     reward_T: np.ndarray
     part_T: Mapping[str, np.ndarray]
-    persona_reward: Mapping[str, float]
+    by_persona: Mapping[str, Mapping[str, float]]
     records: Sequence[dict[str, Any]]
     transcripts: Sequence[Messages]
     transcript_rewards: Sequence[Sequence[float]]
+    boundaries: tuple[int, ...] | None
     num_tokens: int
     seconds: float
+
+    @property
+    def persona_reward(self) -> Mapping[str, float]:
+        """Mean reward per turn of each persona."""
+        return self.by_persona["reward"]
 
 
 class LoggedDialogue(Protocol):
@@ -244,55 +232,17 @@ def _summary(
         metrics={name: bootstrap_mean(column, seed) for name, column in means.items()},
         reward_T=_row_means(reward_ET.T),
         part_T={name: _row_means(part_ET.T) for name, part_ET in parts.items()},
-        persona_reward=dict(zip(names.tolist(), means["reward"].tolist(), strict=True)),
+        by_persona={
+            metric: dict(zip(names.tolist(), column.tolist(), strict=True))
+            for metric, column in means.items()
+        },
         records=[record for b, number in batches for record in b.records(number)],
         transcripts=[b.transcripts[row] for b, row in kept],
         transcript_rewards=[b.reward_BT[row][b.alive_BT[row]].tolist() for b, row in kept],
+        boundaries=batches[0][0].boundaries,
         num_tokens=sum(b.num_tokens for b, _ in batches),
         seconds=sum(b.seconds for b, _ in batches),
     )
-
-
-def bootstrap_mean(value_P: np.ndarray, seed: int = 0, level: float = 0.95) -> Estimate:
-    """Return the mean of one value a persona with its percentile-bootstrap interval.
-
-    Personas without a value (NaN) are left out; with fewer than two there is no interval (NaN).
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
-    """
-    value_P = value_P[~np.isnan(value_P)]
-    if len(value_P) < 2:
-        mean = float(value_P[0]) if len(value_P) else float("nan")
-        return Estimate(mean, float("nan"), float("nan"))
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(len(value_P), size=(NUM_RESAMPLES, len(value_P)))
-    tail = 50 * (1 - level)
-    low, high = np.percentile(value_P[drawn].mean(axis=1), [tail, 100 - tail])
-    return Estimate(float(value_P.mean()), float(low), float(high))
-
-
-def paired_difference(
-    first: Mapping[str, float], second: Mapping[str, float], seed: int = 0
-) -> Estimate:
-    """Return mean(first - second) over the personas both have, with its bootstrap interval."""
-    shared = sorted(first.keys() & second.keys())
-    if not shared:
-        raise ValueError("The two evaluations share no persona; nothing can be paired.")
-    return bootstrap_mean(np.array([first[p] - second[p] for p in shared]), seed)
-
-
-def drift_slopes(reward_ET: np.ndarray) -> np.ndarray:
-    """Return the least-squares slope of each episode's reward over its turns, reward per turn.
-
-    NaN entries are left out; an episode with fewer than two scored turns has slope NaN.
-    """
-    scored_ET = ~np.isnan(reward_ET)
-    count_E = scored_ET.sum(axis=1)
-    turn_ET = np.where(scored_ET, np.arange(reward_ET.shape[1]), 0.0)
-    filled_ET = np.where(scored_ET, reward_ET, 0.0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        centred_ET = np.where(scored_ET, turn_ET - (turn_ET.sum(axis=1) / count_E)[:, None], 0.0)
-        slope_E = (centred_ET * filled_ET).sum(axis=1) / (centred_ET**2).sum(axis=1)
-    return np.where(count_E >= 2, slope_E, np.nan)
 
 
 def _row_means(value_EX: np.ndarray) -> np.ndarray:

@@ -57,6 +57,9 @@ class OfflineSettings:
     best dialogues, else 0 (filtered behaviour cloning)."""
     epochs: int = 1
     """Passes over the log."""
+    max_steps: int | None = None
+    """Gradient steps after which learning ends, in the midst of an epoch if need be; the learning
+    rate's schedule ends with them. None = those of all epochs."""
     batch_size: int = 32
     """Dialogues in a gradient step, over all processes."""
     baseline: str = "none"
@@ -93,9 +96,10 @@ class OfflineSettings:
         known = ("none", "log_mean", "batch_mean", "leave_one_out", "group_mean")
         if self.baseline not in known:
             raise ValueError(f"Unknown baseline {self.baseline!r}; there are {', '.join(known)}.")
-        for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 1), ("shuffle", 0)):
+        whole = {"epochs": 1, "batch_size": 1, "max_steps": 1, "patience": 1, "shuffle": 0}
+        for name, least in whole.items():
             number = getattr(self, name)
-            if number is None and name == "patience":
+            if number is None and name in ("max_steps", "patience"):
                 continue
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise ValueError(
@@ -159,10 +163,6 @@ class LearnsOffline(ABC):
     def _stop_if_diverged(self, batch: RolloutBatch) -> None:
         """Raise if too many gradients in a row were no use; the error holds the batch."""
 
-    def check_log(self, log: Log, *, validation: Log | None = None, **settings: Any) -> None:
-        """Raise what `learn_offline` would raise before it learns; reads both logs once."""
-        self._checked(log, validation, settings)
-
     def check_offline(self, log: Log, validation: Log | None = None, **settings: Any) -> None:
         """Check that `learn_offline` can learn from a log; reads it once and changes nothing.
 
@@ -205,6 +205,7 @@ class LearnsOffline(ABC):
         best: _Best | None = None
         steps_an_epoch = -(-facts.num_dialogues // how.batch_size)
         steps, done, going_on = how.epochs * steps_an_epoch, 0, True
+        steps = steps if how.max_steps is None else min(steps, how.max_steps)
         shown = progress_bar and self.processes.is_main_process
         with tqdm(total=steps, unit="step", disable=not shown) as bar:
             for epoch in range(how.epochs):
@@ -225,6 +226,7 @@ class LearnsOffline(ABC):
                     bar.update()
                     bar.set_postfix(loss=f"{self.log['train/policy_loss']:.3f}")
                     going_on = callback is None or callback(self) is not False
+                    going_on = going_on and done < steps
                     if not going_on:
                         break
                     if self._skips_in_a_row >= self.settings["max_skips"]:

@@ -1,218 +1,351 @@
-"""Results of a comparison as a table, as plots and as transcripts a person can read.
+"""A comparison as one page that one wants to show, as tables and as figures of the paper kind.
 
-The only file that knows matplotlib.
+write_report(["runs/compare"])     # runs/compare/report/: report.html, table.md, table.csv,
+                                   # findings.md, drift.pdf and .png, ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import numpy as np
 
-from .compare import UNTRAINED, Cell, CompareConfig
-from .evaluate import Estimate, paired_difference
-from .runs import read_metrics, read_transcripts
+from . import page
+from .credit import Credit, advantages, partial_returns
+from .figures import Drawing, data_size_figure, drift_figure, learning_figure, svg
+from .methods import UNTRAINED, parse_method
+from .results import CellRecord, Comparison, Row, World, read_comparison, world_name
+from .runs import read_transcripts
+from .statistics import Estimate
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-COLUMNS = (
-    "reward/turn",
-    "prompt_to_line",
-    "line_to_line",
-    "domain part",
-    "degenerate",
-    "drift/turn",
-    "seconds",
-    "tokens/s",
+SIGNIFICANT = 0.05
+"""Of p-values after Holm's correction."""
+
+EARNED = (
+    *("world", "method", "dialogues", "seeds", "reward/turn", "interquartile mean"),
+    *("drift/turn", "prompt_to_line", "degenerate"),
 )
-Results = Mapping[Cell, Mapping[str, Any]]
+DIFFERENCES = (
+    *("world", "method", "dialogues", "over untrained", "over full", "p (Holm)", "beats full"),
+    *("behind the best", "p (Holm)"),
+)
 
 
-def table_rows(results: Results) -> list[tuple[str, ...]]:
-    """Return (domain, method, *COLUMNS) as text, one row a cell; means with 95 % intervals."""
+def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> list[Path]:
+    """Write the report of one or several run folders of `ppg compare`; return the files.
+
+    Args:
+        runs: run folders that were made under the same conditions.
+        out: folder; None = "report" in the first run folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_comparison`.
+    """
+    found = read_comparison(*runs)
+    folder = Path(runs[0]) / "report" if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = figures(found)
+    files = [
+        _write(folder / "table.md", markdown(found)),
+        _write(folder / "table.csv", csv_table(found)),
+    ]
+    for name, (_, drawing) in drawings.items():
+        for kind in ("pdf", "png"):
+            files.append(folder / f"{name}.{kind}")
+            drawing.savefig(files[-1], dpi=150)
+    title = "How far ahead should this agent plan?"
+    content = page.Page(
+        title=title,
+        warnings=found.warnings,
+        failures=[(str(record.cell), record.error) for record in found.failed],
+        findings=findings(found),
+        tables=[
+            page.Table("What every method earned", _EARNED_NOTE, EARNED, earned_rows(found)),
+            page.Table("What separates them", _GAPS_NOTE, DIFFERENCES, difference_rows(found)),
+        ],
+        figures=[
+            page.Figure(drawing.get_suptitle(), caption, svg(drawing), caption)
+            for caption, drawing in drawings.values()
+        ],
+        dialogues=dialogues(found),
+        facts=facts(found),
+    )
+    return [page.write_page(content, folder / "report.html"), *files]
+
+
+def figures(found: Comparison) -> dict[str, tuple[str, Drawing]]:
+    """Return {file name: (caption, figure)}."""
+    band = "Means over seeds, shaded from the lowest to the highest seed; largest budget."
+    drawn = {
+        "drift": (f"Held-out reward at each turn of the dialogue. {band}", drift_figure(found)),
+        "learning_curves": (
+            f"Reward of the dialogues learned from. {band}",
+            learning_figure(found),
+        ),
+    }
+    if max((len(found.budgets(world)) for world in found.worlds), default=0) > 1:
+        caption = "Held-out reward with its 95 % interval over seeds and personas."
+        drawn["data_size"] = (caption, data_size_figure(found))
+    return drawn
+
+
+_EARNED_NOTE = (
+    "Mean over training seeds and held-out personas with its 95 % interval for other seeds and "
+    "other personas (two-way layout, Satterthwaite's t); interquartile mean with a bootstrap "
+    "interval over both. Drift: change of the reward per turn of the dialogue."
+)
+_GAPS_NOTE = (
+    "Reward differences, paired by persona and seed; p-values are Holm's, for all methods of a "
+    "world and budget. The best is chosen on the same data, which flatters it. Beats full: how "
+    "likely one run of the method earns more than one of full planning on the same persona."
+)
+
+
+def earned_rows(found: Comparison) -> list[tuple[str, ...]]:
+    """Return the cells of the table EARNED."""
     rows: list[tuple[str, ...]] = []
-    for cell, result in results.items():
-        metrics = {name: Estimate(**value) for name, value in result["metrics"].items()}
-        known = {"reward", "drift", "prompt_to_line", "line_to_line", "degenerate_rate"}
-        known.add("prompt_to_line_drift")
-        own = next((name for name in metrics if name not in known), None)
-        speed = result["tokens_per_second"]
+    for row in found.rows:
+        metrics = row.metrics
         rows.append(
             (
-                cell.domain,
-                cell.method,
-                str(metrics["reward"]),
-                str(metrics.get("prompt_to_line", "")),
-                str(metrics.get("line_to_line", "")),
-                "" if own is None else f"{own} {metrics[own]}",
-                f"{metrics['degenerate_rate'].mean:.3f}" if "degenerate_rate" in metrics else "",
-                f"{metrics['drift']:+.3f}",
-                f"{result['train_seconds']:.0f}",
-                "" if speed is None else f"{speed:,.0f}",
+                *_name(row, found),
+                _seeds(row),
+                _shown(metrics.get("reward")),
+                _shown(row.iqm),
+                _shown(metrics.get("drift"), "+.3f"),
+                _shown(metrics.get("prompt_to_line")),
+                _shown(metrics.get("degenerate_rate")),
             )
         )
     return rows
 
 
-def markdown_table(results: Results) -> str:
-    """Return the table in Markdown."""
-    header = ("domain", "method", *COLUMNS)
-    rows = [header, tuple("---" for _ in header), *table_rows(results)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+def difference_rows(found: Comparison) -> list[tuple[str, ...]]:
+    """Return the cells of the table DIFFERENCES."""
+    return [
+        (
+            *_name(row, found),
+            _shown(row.over_untrained, "+.3f"),
+            _shown(row.over_full, "+.3f"),
+            _p(row.p_full),
+            _shown(row.beats_full, ".2f"),
+            _shown(row.to_best, "+.3f"),
+            _p(row.p_best),
+        )
+        for row in found.rows
+        if row.method != UNTRAINED and row.seeds
+    ]
 
 
-def findings(results: Results) -> list[str]:
-    """Return, per domain, which method leads, by how much, and whether the intervals separate."""
+def findings(found: Comparison) -> list[str]:
+    """Return, for every world and budget, who leads, who is level with it, and who is behind."""
     sentences = []
-    for domain in dict.fromkeys(cell.domain for cell in results):
-        here = {c.method: r for c, r in results.items() if c.domain == domain}
-        trained = {m: r for m, r in here.items() if m != UNTRAINED}
-        if not trained:
-            continue
-        ranked = sorted(trained, key=lambda m: -trained[m]["metrics"]["reward"]["mean"])
-        best = ranked[0]
-        sentence = f"{domain}: {best} leads"
-        if UNTRAINED in here:
-            gain = _difference(here[best], here[UNTRAINED])
-            sentence += f", {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over untrained"
-        if len(ranked) > 1:
-            gap = _difference(here[best], here[ranked[1]])
-            verdict = "separated" if gap.low > 0 else "not separated"
-            sentence += (
-                f"; {gap.mean:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}] over {ranked[1]} ({verdict})"
-            )
-        rates = {m: r["metrics"].get("degenerate_rate") for m, r in here.items()}
-        if rates[best] and rates.get(UNTRAINED):
-            sentence += (
-                f"; degenerate lines {rates[best]['mean']:.3f}, "
-                f"untrained {rates[UNTRAINED]['mean']:.3f}"
-            )
-        sentences.append(sentence)
+    for world in found.worlds:
+        for budget in found.budgets(world):
+            rows = [row for row in found.of(world, budget) if row.budget and row.seeds]
+            if rows:
+                sentences.append(_finding(rows, world_name(world, found.worlds)))
     return sentences
 
 
-def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Estimate:
-    return paired_difference(first["persona_reward"], second["persona_reward"])
+def _finding(rows: Sequence[Row], where: str) -> str:
+    best = max(rows, key=lambda row: row.reward.mean)
+    sentence = f"{where}, {best.budget:,} dialogues: {best.method} earned most ({best.reward})"
+    if best.over_untrained is not None:
+        sentence += f", {best.over_untrained:+.3f} over untrained"
+    others = sorted((row for row in rows if row is not best), key=lambda row: -row.reward.mean)
+    told = [row for row in others if not math.isnan(row.p_best)]
+    if not told:
+        return f"{sentence}; one seed cannot tell whether the others are behind."
+    level = [row.method for row in told if row.p_best >= SIGNIFICANT]
+    behind = [row.method for row in told if row.p_best < SIGNIFICANT]
+    if level:
+        sentence += f"; not separated from it: {', '.join(level)}"
+    if behind:
+        sentence += f"; behind: {', '.join(behind)}"
+    return f"{sentence}."
 
 
-def save_report(results: Results, c: CompareConfig) -> list[Path]:
-    """Write table, findings, plots and transcripts to the run folder; return their paths."""
-    run = Path(c.run)
-    table = run / "table.md"
-    notes = [f"- {sentence}" for sentence in findings(results)]
-    settings = (
-        f"{c.updates} updates x {c.episodes} dialogues x {c.max_turns} turns a method, "
-        f"seed {c.seed}, noise {c.noise}; 95 % intervals over held-out "
-        "personas (bootstrap), one training seed: they do not hold the luck of training."
-    )
-    table.write_text(
-        f"{markdown_table(results)}\n{settings}\n\n" + "\n".join(notes) + "\n", encoding="utf-8"
-    )
-    drift, curves = run / "drift.png", run / "learning_curves.png"
-    drift_figure(results).savefig(drift, dpi=150)
-    learning_figure(results, c).savefig(curves, dpi=150)
-    transcripts = run / "transcripts.md"
-    transcripts.write_text(before_after(results, c), encoding="utf-8")
-    return [table, drift, curves, transcripts]
+def markdown(found: Comparison) -> str:
+    """Return warnings, findings and both tables in Markdown."""
+    parts = [f"- {sentence}" for sentence in (*found.warnings, *findings(found))]
+    parts += [f"- failed: {r.cell}: {r.error.splitlines()[-1]}" for r in found.failed]
+    for header, rows, note in (
+        (EARNED, earned_rows(found), _EARNED_NOTE),
+        (DIFFERENCES, difference_rows(found), _GAPS_NOTE),
+    ):
+        lines = [header, tuple("---" for _ in header), *rows]
+        escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
+        parts += ["", *("| " + " | ".join(line) + " |" for line in escaped), "", note]
+    return "\n".join(parts) + "\n"
 
 
-def drift_figure(results: Results) -> Figure:
-    """Return mean reward against the turn of the dialogue, one panel a domain: the drift."""
-    figure, axes = _panels(results, "mean reward")
-    for domain, axis in axes.items():
-        for number, (cell, result) in enumerate(_of(results, domain)):
-            turns = range(1, len(result["reward_T"]) + 1)
-            axis.plot(turns, result["reward_T"], label=cell.method, **_style(number))
-        axis.set_xlabel("turn of the dialogue")
-        axis.set_ylim(0, 1)
-    _legend(figure, axes)
-    figure.suptitle("Reward per turn on held-out personas")
-    return figure
-
-
-def learning_figure(results: Results, c: CompareConfig) -> Figure:
-    """Return mean reward in training against turns learned from, one panel a domain."""
-    figure, axes = _panels(results, "mean reward in training")
-    for domain, axis in axes.items():
-        for number, (cell, result) in enumerate(_of(results, domain)):
-            if cell.method == UNTRAINED:
-                level = result["metrics"]["reward"]["mean"]
-                axis.axhline(level, color=_COLOURS[0], linestyle=":", label=cell.method)
-                continue
-            rows = read_metrics(cell.folder(c))
-            turns = [row["time/total_timesteps"] for row in rows]
-            rewards = [row["rollout/turn_rew_mean"] for row in rows]
-            axis.plot(turns, rewards, label=cell.method, markevery=5, **_style(number))
-        axis.set_xlabel("turns learned from")
-        axis.set_ylim(0, 1)
-    _legend(figure, axes)
-    figure.suptitle("Learning curves")
-    return figure
-
-
-def before_after(results: Results, c: CompareConfig, dialogues: int = 2) -> str:
-    """Return the first held-out dialogues of each domain before and after training, in Markdown.
-
-    "After" is the domain's best method. Chosen by position, not by how well they read.
-    """
-    parts = ["# Dialogues before and after training\n"]
-    for domain in dict.fromkeys(cell.domain for cell in results):
-        here = [(cell, result) for cell, result in results.items() if cell.domain == domain]
-        trained = [pair for pair in here if pair[0].method != UNTRAINED]
-        best = max(trained, key=lambda pair: pair[1]["metrics"]["reward"]["mean"], default=None)
-        shown = [cell for cell, _ in here if cell.method == UNTRAINED] + ([best[0]] if best else [])
-        records = {
-            cell: list(islice(read_transcripts(cell.folder(c)), dialogues)) for cell in shown
+def csv_table(found: Comparison) -> str:
+    """Return one line a row and metric, numbers unrounded, for other programs."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = ("domain", "noise", "method", "budget", "seeds", "quantity", "mean", "low", "high", "p")
+    writer.writerow(names)
+    for row in found.rows:
+        key = (row.domain, row.noise, row.method, row.budget, len(row.seeds))
+        quantities: dict[str, tuple[Estimate | None, float]] = {
+            **{name: (value, float("nan")) for name, value in row.metrics.items()},
+            "interquartile_mean": (row.iqm, float("nan")),
+            "over_untrained": (row.over_untrained, float("nan")),
+            "over_full": (row.over_full, row.p_full),
+            "to_best": (row.to_best, row.p_best),
+            "beats_full": (row.beats_full, float("nan")),
         }
-        for number in range(min(map(len, records.values()), default=0)):
-            for cell in shown:
-                record = records[cell][number]
-                parts.append(f"## {domain}, dialogue {number + 1}, {cell.method}\n")
-                parts.append(_dialogue(record["messages"], record["rewards"]))
-    return "\n".join(parts)
+        for name, (value, p_value) in quantities.items():
+            if value is not None and not math.isnan(value.mean):
+                numbers = (value.mean, value.low, value.high, p_value)
+                cells = ("" if math.isnan(number) else repr(float(number)) for number in numbers)
+                writer.writerow((*key, name, *cells))
+    return text.getvalue()
 
 
-def _dialogue(messages: Sequence[Mapping[str, str]], rewards: Sequence[float | None]) -> str:
-    lines, turn = [], 0
-    for message in messages:
-        text = message["content"].replace("\n", " ")
-        if message["role"] == "assistant":
-            reward = rewards[turn]
-            shown = "unscorable" if reward is None else f"{reward:.2f}"
-            lines.append(f"- **agent** ({shown}): {text}")
-            turn += 1
+def facts(found: Comparison) -> list[tuple[str, str]]:
+    """Return under which conditions the cells were made."""
+    record = found.records[0]
+    versions = record.made_with.get("versions") or {}
+    return [
+        ("cells", str(len(found.records))),
+        *((name, str(value)) for name, value in record.settings.items() if name != "weights"),
+        ("weights", str(record.settings.get("weights", ""))),
+        ("git commit", str(record.made_with.get("git_commit"))),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("hardware", json.dumps(record.made_with.get("hardware"))),
+    ]
+
+
+def dialogues(found: Comparison) -> Iterator[page.Dialogue]:
+    """Yield the held-out dialogues of all complete cells with what each line is credited with."""
+    for record in found.records:
+        if record.result is not None:
+            yield from _dialogues(record, world_name(_world(record), found.worlds))
+
+
+def _dialogues(record: CellRecord, world: str) -> Iterator[page.Dialogue]:
+    try:
+        spoken = list(read_transcripts(record.folder))
+    except FileNotFoundError:
+        return
+    turns = max(len(dialogue["rewards"]) for dialogue in spoken)
+    shape = (len(spoken), turns)
+    reward_BT, alive_BT = np.zeros(shape), np.zeros(shape, dtype=bool)
+    for b, dialogue in enumerate(spoken):
+        rewards = [float("nan") if r is None else r for r in dialogue["rewards"]]
+        reward_BT[b, : len(rewards)], alive_BT[b, : len(rewards)] = rewards, True
+    credited_BT, advantage_BT = _credited(record, reward_BT, alive_BT)
+    cell = record.cell
+    for b, dialogue in enumerate(spoken):
+        system, lines = _lines(dialogue, credited_BT[b], advantage_BT[b])
+        yield page.Dialogue(
+            domain=world,
+            method=cell.method,
+            budget=cell.budget,
+            seed=cell.seed,
+            persona=str(dialogue.get("persona", "")),
+            group=str(dialogue.get("group", "")),
+            system=system,
+            lines=lines,
+        )
+
+
+def _credited(
+    record: CellRecord, reward_BT: np.ndarray, alive_BT: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each line's partial return and its distance from the mean at that turn; NaN = none."""
+    credit = _credit(record.cell.method)
+    nothing_BT = np.full(reward_BT.shape, np.nan)
+    if credit is None or record.result is None:
+        return nothing_BT, nothing_BT
+    try:
+        weight_TT = credit.weights(reward_BT.shape[1], record.result.get("boundaries"))
+    except ValueError:
+        return nothing_BT, nothing_BT
+    scorable_BT = ~np.isnan(reward_BT)
+    return_BT = partial_returns(reward_BT, weight_TT, alive_BT)
+    advantage_BT = advantages(
+        return_BT,
+        baseline="batch_mean",
+        group_B=np.arange(len(reward_BT)),
+        alive_BT=alive_BT,
+        scorable_BT=scorable_BT,
+    )
+    kept_BT = alive_BT & scorable_BT
+    return np.where(kept_BT, return_BT, np.nan), np.where(kept_BT, advantage_BT, np.nan)
+
+
+def _credit(method: str) -> Credit | None:
+    """Return the method's credit; None if it has none or its class is not at hand."""
+    try:
+        return parse_method(method).credit
+    except ValueError:
+        return None
+
+
+def _lines(
+    dialogue: Mapping[str, Any], credited_T: np.ndarray, advantage_T: np.ndarray
+) -> tuple[str, list[page.Line]]:
+    """Return (system message, the other messages)."""
+    system, lines, turn = "", [], 0
+    reasons = dialogue.get("reasons") or []
+    for message in dialogue["messages"]:
+        if message["role"] == "system":
+            system = message["content"]
+        elif message["role"] == "user":
+            lines.append(page.Line("partner", message["content"]))
         else:
-            speaker = {"system": "persona", "user": "partner"}[message["role"]]
-            lines.append(f"- {speaker}: {text}")
-    return "\n".join(lines) + "\n"
+            parts = dialogue.get("reward_parts", {})
+            lines.append(
+                page.Line(
+                    "agent",
+                    message["content"],
+                    reward=dialogue["rewards"][turn],
+                    reason=reasons[turn] if turn < len(reasons) else "",
+                    parts={name: values[turn] for name, values in parts.items()},
+                    credited=_or_none(credited_T[turn]),
+                    advantage=_or_none(advantage_T[turn]),
+                )
+            )
+            turn += 1
+    return system, lines
 
 
-def _panels(results: Results, ylabel: str) -> tuple[Figure, dict[str, Axes]]:
-    domains = list(dict.fromkeys(cell.domain for cell in results))
-    figure = Figure(figsize=(4.2 * len(domains), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(domains), sharey=True, squeeze=False)[0]
-    axes = dict(zip(domains, panels, strict=True))
-    for domain, axis in axes.items():
-        axis.set_title(domain)
-        axis.grid(alpha=0.3)
-    panels[0].set_ylabel(ylabel)
-    return figure, axes
+def _world(record: CellRecord) -> World:
+    return (record.cell.domain, record.cell.noise)
 
 
-def _of(results: Results, domain: str) -> list[tuple[Cell, Mapping[str, Any]]]:
-    return [(cell, result) for cell, result in results.items() if cell.domain == domain]
+def _name(row: Row, found: Comparison) -> tuple[str, str, str]:
+    dialogues = f"{row.budget:,}" if row.budget else ""
+    return world_name((row.domain, row.noise), found.worlds), row.method, dialogues
 
 
-def _style(number: int) -> dict[str, Any]:
-    style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
-    return {**style, "markersize": 4, "linestyle": ":" if number == 0 else "-"}
+def _seeds(row: Row) -> str:
+    return f"{len(row.seeds)} ({row.missing} missing)" if row.missing else str(len(row.seeds))
 
 
-def _legend(figure: Figure, axes: Mapping[str, Axes]) -> None:
-    handles, labels = next(iter(axes.values())).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+def _shown(value: Estimate | None, spec: str = ".3f") -> str:
+    return "" if value is None or math.isnan(value.mean) else format(value, spec)
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return ""
+    return "< .001" if value < 0.001 else f"{value:.3f}"
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path

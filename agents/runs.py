@@ -6,6 +6,7 @@ RUN/checkpoints/         from which a stopped run goes on (checkpoint.py)
 RUN/result.json          written last; its presence means that the run is complete
 RUN/transcripts.jsonl    dialogues with the reward of every turn, see read_transcripts
 RUN/rejudged/            the same dialogues with the rewards of other judges (ppg rejudge)
+RUN/error.txt            why a run of a comparison failed, if it did
 RUN/agent/               the trained agent (transformers folder, safetensors)
 """
 
@@ -26,13 +27,14 @@ from safetensors import SafetensorError
 
 from .provenance import provenance
 
-MANIFEST, METRICS, RESULT, TRANSCRIPTS, REJUDGED, AGENT = (
+MANIFEST, METRICS, RESULT, TRANSCRIPTS, REJUDGED, AGENT, ERROR = (
     "manifest.json",
     "metrics.jsonl",
     "result.json",
     "transcripts.jsonl",
     "rejudged",
     "agent",
+    "error.txt",
 )
 
 
@@ -87,6 +89,15 @@ class RunFolder:
     def agent(self) -> Path:
         """Return the folder for the trained agent."""
         return self.path / AGENT
+
+    def clear(self) -> None:
+        """Forget what an earlier attempt left: the run begins."""
+        self.keep_metrics([])
+        (self.path / ERROR).unlink(missing_ok=True)
+
+    def fail(self, error: str) -> None:
+        """Keep why the run failed."""
+        self._write_text(ERROR, [error])
 
     def keep_metrics(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Keep these rows only: what came after them will be done again."""

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import gather_object
 
-from .compare import ENV_ID
+from .lm_policy import LMPolicy
 from .loading import load_policy, weights_fingerprint
 from .logs import LogError, read_log
 from .optimization import all_processes
@@ -29,6 +29,9 @@ from .ppg import DivergedError, PPGAgent
 from .ppo import PPOAgent
 from .provenance import file_hash
 from .runs import RunFolder
+
+ENV_ID = "ppg_env:PersonaDialogue-v0"
+"""Named with its module, so that Gymnasium imports the world and this package need not."""
 
 
 @dataclass(frozen=True)
@@ -283,13 +286,22 @@ def _saved_on_failure(agent: PPGAgent, folder: RunFolder | None) -> Iterator[Non
 
 def make_agent(c: TrainConfig) -> PPGAgent:
     """Return the untrained agent with its environment, this process's share of the slots."""
+    policy = make_policy(c)
+    settings = agent_settings(c, policy)
+    if c.algorithm == "ppo":
+        return PPOAgent(policy, make_envs(c), **settings)
+    return PPGAgent(policy, make_envs(c), c.credit_name, **settings)
+
+
+def make_envs(c: TrainConfig) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """Return the environment to learn in, this process's share of the slots."""
     num_processes = all_processes().num_processes
     if c.episodes % (num_processes * c.group_size):
         raise ValueError(
             f"episodes={c.episodes} must be a multiple of processes x group_size = "
             f"{num_processes} x {c.group_size}."
         )
-    envs = gym.make_vec(
+    return gym.make_vec(
         ENV_ID,
         num_envs=c.episodes // num_processes,
         domain=c.domain,
@@ -301,7 +313,11 @@ def make_agent(c: TrainConfig) -> PPGAgent:
         unscorable_reward=float("nan") if c.unscorable_reward is None else c.unscorable_reward,
         verdict_cache=c.verdict_cache,
     )
-    policy = load_policy(
+
+
+def make_policy(c: TrainConfig) -> LMPolicy:
+    """Return the language model to start from."""
+    return load_policy(
         c.model,
         max_new_tokens=c.max_new_tokens,
         device=c.device,
@@ -310,6 +326,10 @@ def make_agent(c: TrainConfig) -> PPGAgent:
         gradient_checkpointing=c.gradient_checkpointing,
         seed=c.seed,
     )
+
+
+def agent_settings(c: TrainConfig, policy: LMPolicy) -> dict[str, Any]:
+    """Return what an agent is made with besides policy, environment and credit."""
     nano = c.model == "nano"
     default_rate = 1e-4 if policy.has_adapter else 3e-4 if nano else 1e-6
     settings: dict[str, Any] = {
@@ -329,9 +349,7 @@ def make_agent(c: TrainConfig) -> PPGAgent:
         settings["n_epochs"] = c.n_epochs
     if c.ratio_level is not None:
         settings["ratio_level"] = c.ratio_level
-    if c.algorithm == "ppo":
-        return PPOAgent(policy, envs, **settings)
-    return PPGAgent(policy, envs, c.credit_name, **settings)
+    return settings
 
 
 def _records(agent: PPGAgent) -> list[dict[str, Any]]:

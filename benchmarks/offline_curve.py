@@ -1,13 +1,13 @@
 """How much does each policy class learn from N logged dialogues? The data-size curve.
 
-    python -m benchmarks.offline_curve              # all domains, about 15 minutes on 2 cores
+    python -m benchmarks.offline_curve              # all domains, 3 seeds, 40 minutes on 2 cores
     python -m benchmarks.offline_curve --domains therapy --sizes 50 200 --steps 10
 
 The untrained bundled model speaks with the training personas; its dialogues are the log, of which
 the first N are used. Every cell (domain, method, N) starts from the same model and takes the same
-number of gradient steps, so a small log is read more often, not less. Measured on test personas,
-on whole dialogues of the trained model (rollout) and on single turns after logged histories (step).
-Cells that are in the output folder already are not run again.
+gradient steps at the same learning rates, so a small log is read more often, not less. Measured on
+test personas, on whole dialogues of the trained model (rollout) and on single turns after logged
+histories (step). Cells that are in the output folder already are not run again.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 
 import ppg_env  # noqa: F401  (registers PersonaDialogue-v0)
+from agents.statistics import CrossedMean, crossed_mean
 
 ENV_ID = "PersonaDialogue-v0"
 IMITATION = {"sft": "sft", "filtered": "filtered"}
@@ -40,18 +42,25 @@ class Cell:
 
 def write_logs(folder: Path, domain: str, size: int, seed: int) -> None:
     """Let the untrained model speak: `size` dialogues to learn from, 20 to measure steps on."""
-    from agents import collect_rollouts, load_policy, write_log
+    from agents import collect_rollouts, load_policy, read_log, write_log
     from agents.logs import parse_trajectory
 
-    for name, personas, number in (("train", "train", size), ("test", "test", 20)):
+    for name, number in (("train", size), ("test", 20)):
         path = folder / f"{domain}-{name}-{seed}.jsonl.gz"
-        if path.exists():
+        if path.exists() and sum(1 for _ in read_log(path)) >= number:
             continue
-        envs = gym.make_vec(ENV_ID, num_envs=50, domain=domain, personas=personas)
+        envs = gym.make_vec(ENV_ID, num_envs=min(50, number), domain=domain, personas=name)
+        # The same people in the test log of every seed, so that seeds can be compared.
+        people = envs.unwrapped.persona_ids[:number] if name == "test" else None
         policy, records = load_policy("nano", seed=seed), []
-        for start in range(0, number, 50):
+        for start in range(0, number, envs.num_envs):
             # Seeds far from those that evaluations use.
-            batch = collect_rollouts(envs, policy, seed=500_000 + 10_000 * seed + start)
+            batch = collect_rollouts(
+                envs,
+                policy,
+                seed=500_000 + 10_000 * seed + start,
+                options={"persona": people} if people else None,
+            )
             records += batch.records()
         write_log(path, map(parse_trajectory, records[:number]))
 
@@ -64,6 +73,7 @@ def run_cell(folder: Path, cell: Cell, steps: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     log = list(read_log(folder / f"{cell.domain}-train-{cell.seed}.jsonl.gz"))[: cell.size]
+    assert len(log) >= cell.size
     credit = "full" if cell.method in ("untrained", *IMITATION) else cell.method
     envs = gym.make_vec(ENV_ID, num_envs=60, domain=cell.domain, personas="test")
     policy = load_policy("nano", seed=cell.seed)
@@ -71,18 +81,10 @@ def run_cell(folder: Path, cell: Cell, steps: int) -> dict[str, Any]:
     if cell.method != "untrained":
         settings = {"learning_rate": 1e-3, "lr_schedule": "linear", "seed": cell.seed}
         agent = PPGAgent(policy, None, credit, **settings)
-        done = 0
-
-        def enough(learner: PPGAgent) -> bool:
-            nonlocal done
-            done += 1
-            return done < steps
-
-        per_epoch = -(-len(log) // 32)
         agent.learn_offline(
             log,
-            callback=enough,
-            epochs=-(-steps // per_epoch),
+            epochs=-(-steps // -(-len(log) // 32)),
+            max_steps=steps,
             batch_size=32,
             method=IMITATION.get(cell.method, "ppg"),
             baseline="log_mean" if cell.method not in IMITATION else "none",
@@ -96,22 +98,63 @@ def run_cell(folder: Path, cell: Cell, steps: int) -> dict[str, Any]:
         read_log(folder / f"{cell.domain}-test-{cell.seed}.jsonl.gz"),
         seed=30_000 + cell.seed,
     )
-    row["rollout"], row["step"] = asdict(rollout.metrics["reward"]), asdict(single.reward)
+    row["rollout"], row["step"] = dict(rollout.persona_reward), dict(single.persona_reward)
     row["degenerate"] = rollout.metrics["degenerate_rate"].mean
     return row
 
 
+@dataclass(frozen=True)
+class Point:
+    """A method and a size of log in one domain, over all seeds."""
+
+    domain: str
+    method: str
+    size: int
+    rollout: CrossedMean
+    step: CrossedMean
+    over_greedy: CrossedMean | None
+    degenerate: float
+
+
+def points(rows: list[dict[str, Any]]) -> list[Point]:
+    """Return means with intervals over seeds and personas, in the order of the rows."""
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        groups.setdefault((row["domain"], row["method"], row["size"]), []).append(row)
+
+    def values(group: list[dict[str, Any]], kind: str) -> np.ndarray:
+        return np.array([[row[kind][name] for name in sorted(row[kind])] for row in group])
+
+    found = []
+    for (domain, method, size), group in groups.items():
+        rollout_SP, greedy = values(group, "rollout"), groups.get((domain, "greedy", size))
+        paired = method != "greedy" and greedy is not None and len(greedy) == len(group)
+        found.append(
+            Point(
+                domain,
+                method,
+                size,
+                rollout=crossed_mean(rollout_SP),
+                step=crossed_mean(values(group, "step")),
+                over_greedy=crossed_mean(rollout_SP - values(greedy, "rollout"))
+                if paired and greedy
+                else None,
+                degenerate=float(np.mean([row["degenerate"] for row in group])),
+            )
+        )
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return the results as a Markdown table; where there are several seeds, their means."""
-    lines = ["| domain | method | N | rollout | step | degenerate |", "|---|---|---|---|---|---|"]
-    for row in rows:
-        size = "" if row["method"] == "untrained" else f"{row['size']:,}"
-        cells = [
-            "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**row[kind]) for kind in ("rollout", "step")
-        ]
+    """Return the results as a Markdown table."""
+    lines = ["| domain | method | N | rollout | over greedy | step | degenerate |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for point in points(rows):
+        size = f"{point.size:,}" if point.size else ""
+        gap = "" if point.over_greedy is None else f"{point.over_greedy:+.3f}"
         lines.append(
-            f"| {row['domain']} | {row['method']} | {size} | {cells[0]} | {cells[1]} | "
-            f"{row['degenerate']:.3f} |"
+            f"| {point.domain} | {point.method} | {size} | {point.rollout} | {gap} | {point.step} "
+            f"| {point.degenerate:.3f} |"
         )
     return "\n".join(lines)
 
@@ -121,25 +164,27 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     colours = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
-    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    found = points(rows)
+    domains = list(dict.fromkeys(point.domain for point in found))
+    methods = list(dict.fromkeys(point.method for point in found if point.size))
     figure = Figure(figsize=(4.2 * len(domains), 3.8), layout="constrained")
     axes = figure.subplots(1, len(domains), squeeze=False)[0]
     for axis, domain in zip(axes, domains, strict=True):
-        here = [row for row in rows if row["domain"] == domain]
-        methods = list(dict.fromkeys(row["method"] for row in here if row["method"] != "untrained"))
-        for i, (method, colour) in enumerate(zip(methods, colours, strict=False)):
-            points = sorted((r for r in here if r["method"] == method), key=lambda r: r["size"])
-            x = [row["size"] * (1 + 0.05 * (i - 1.5)) for row in points]
-            mean = [row["rollout"]["mean"] for row in points]
-            below = [row["rollout"]["mean"] - row["rollout"]["low"] for row in points]
-            above = [row["rollout"]["high"] - row["rollout"]["mean"] for row in points]
-            style = {"color": colour, "marker": "os^DvP"[i], "markersize": 4, "capsize": 2}
-            axis.errorbar(x, mean, [below, above], label=method, **style)
-        for row in here:
-            if row["method"] == "untrained":
-                axis.axhline(row["rollout"]["mean"], color="#000000", ls=":", label="untrained")
+        here = [point for point in found if point.domain == domain]
+        for i, method in enumerate(methods):
+            own = sorted((p for p in here if p.method == method), key=lambda p: p.size)
+            x = [point.size * (1 + 0.05 * (i - 2)) for point in own]
+            mean = [point.rollout.mean for point in own]
+            below = np.nan_to_num([p.rollout.mean - p.rollout.low for p in own])
+            above = np.nan_to_num([p.rollout.high - p.rollout.mean for p in own])
+            style = {"color": colours[i % 6], "marker": "os^DvP"[i % 6], "markersize": 4}
+            axis.errorbar(x, mean, [below, above], label=method, capsize=2, **style)
+        for point in here:
+            if point.method == "untrained":
+                axis.axhline(point.rollout.mean, color="#000000", ls=":", label="untrained")
+        sizes = sorted({point.size for point in here if point.size})
         axis.set(title=domain, xscale="log", xlabel="logged dialogues")
-        axis.set_xticks([row["size"] for row in points], [f"{row['size']:,}" for row in points])
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("reward per turn, test personas")
@@ -153,18 +198,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/offline_curve"))
     parser.add_argument("--domains", nargs="+", default=["chatting", "education", "therapy"])
-    parser.add_argument("--methods", nargs="+", default=["greedy", "kstep:3", "full", "sft"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["greedy", "kstep:3", "segment:4", "full", "sft"]
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=[50, 200, 1000])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=24, help="gradient steps of 32 dialogues")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=32, help="gradient steps of 32 dialogues")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results = options.out / "cells.jsonl"
     rows = (
-        [json.loads(line) for line in results.read_text().splitlines()]
-        if (results.exists())
-        else []
+        [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
     known = {(r["domain"], r["method"], r["size"], r["seed"], r["steps"]) for r in rows}
     cells = [
@@ -185,16 +230,17 @@ def main() -> None:
         for log in logs:
             log.result()
         runs = [pool.submit(run_cell, options.out, cell, options.steps) for cell in missing]
-        for run in runs:
+        for run in as_completed(runs):
             row = run.result()
             rows.append(row)
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            print(table([row]).splitlines()[-1], flush=True)
+            mean = sum(row["rollout"].values()) / len(row["rollout"])
+            print(f"{row['domain']} {row['method']} {row['size']} seed {row['seed']}: {mean:.3f}")
     wanted = {(*asdict(cell).values(), options.steps) for cell in cells}
     rows = [r for r in rows if tuple(r[k] for k in (*Cell.__annotations__, "steps")) in wanted]
     (options.out / "table.md").write_text(table(rows) + "\n")
-    plot([row for row in rows if row["seed"] == options.seeds[0]], options.out / "curve.png")
+    plot(rows, options.out / "curve.png")
     print(f"wrote {options.out}/table.md and curve.png")
 
 

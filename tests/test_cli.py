@@ -22,7 +22,7 @@ from agents.conversation import Conversation
 from agents.runs import RunFolder, read_metrics
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--updates", "1", "--episodes", "4", "--group-size", "2", "--eval-episodes", "1")
+TINY = ("--budgets", "4", "--episodes", "4", "--group-size", "2", "--eval-episodes", "1")
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -91,7 +91,9 @@ def test_help_lists_the_commands() -> None:
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("demo", ["--run", "--domains", "--methods", "--updates", "--workers"]),
+        ("demo", ["--run", "--domains", "--methods", "--budgets", "--workers"]),
+        ("compare", ["--run", "--domains", "--methods", "--budgets", "--seeds", "--noise"]),
+        ("report", ["RUNS", "--out"]),
         (
             "train",
             ["--domain", "--credit", "--k", "--algorithm", "--model", "--total-timesteps"],
@@ -146,10 +148,10 @@ def test_ctrl_c_in_the_demo_tells_how_to_go_on(
 def test_ctrl_c_in_a_real_terminal_stops_everything_and_keeps_what_is_done(
     tmp_path: Path,
 ) -> None:
-    budget = ("--updates", "1000000", *TINY[2:], "--max-turns", "1", "--workers", "2")
+    budget = ("--budgets", "4000000", *TINY[2:], "--max-turns", "1", "--workers", "2")
     command = ("demo", "--run", str(tmp_path), "--domains", "chatting", "--methods", "greedy")
-    finished = tmp_path / "chatting" / "untrained" / "result.json"
-    learning = tmp_path / "chatting" / "greedy" / "metrics.jsonl"
+    finished = tmp_path / "chatting/noise-0.1/untrained/0/seed-0/result.json"
+    learning = tmp_path / "chatting/noise-0.1/greedy/4000000/seed-0/metrics.jsonl"
     process = subprocess.Popen(
         [sys.executable, "-m", "agents.cli", *command, *budget],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Comparisons: all cells, once each, in any order, and safe to stop."""
+"""Comparisons: all cells, once each, in any order, safe to stop, and a failure stops no other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from agents import PPGAgent
-from agents.compare import UNTRAINED, Cell, CompareConfig, cells, compare, run_cell
+from agents.compare import Cell, CompareConfig, Outcome, cells, compare, run_cell
+from agents.methods import UNTRAINED
 from agents.runs import read_metrics, read_transcripts
 
 TIMES = ("train_seconds", "tokens_per_second")
@@ -27,20 +28,28 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> CompareConfig:
         domains=("chatting",),
         methods=("kstep:2",),
         model="nano",
-        updates=1,
+        budgets=(4,),
+        seeds=1,
         episodes=4,
         group_size=2,
         eval_episodes=1,
+        keep_agents=True,
         max_turns=2,
         workers=2,
     )
 
 
 @pytest.fixture(scope="module")
-def finished(config: CompareConfig) -> tuple[dict[Cell, Any], list[dict[Cell, float]]]:
+def finished(config: CompareConfig) -> tuple[dict[Cell, dict[str, Any]], list[dict[Cell, float]]]:
     """The comparison run in two processes, with the progress that it reported."""
     shares: list[dict[Cell, float]] = []
-    return compare(config, lambda share: shares.append(dict(share))), shares
+    found = compare(config, lambda share: shares.append(dict(share)))
+    assert all(outcome.error == "" for outcome in found.values())
+    return results_in(found), shares
+
+
+def results_in(found: Mapping[Cell, Outcome]) -> dict[Cell, dict[str, Any]]:
+    return {cell: dict(outcome.result or {}) for cell, outcome in found.items()}
 
 
 def as_text(result: Mapping[str, Any], leave_out: Collection[str] = ()) -> str:
@@ -61,35 +70,68 @@ def wait_for_children_to_end(seconds: float = 10.0) -> list[Any]:
 
 
 def test_there_is_a_cell_for_every_method_in_every_domain_the_untrained_model_first() -> None:
-    c = CompareConfig(domains=("chatting", "therapy"), methods=("greedy", "kstep:3"))
-    assert [(cell.domain, cell.method) for cell in cells(c)] == [
-        (domain, method)
-        for domain in ("chatting", "therapy")
-        for method in (UNTRAINED, "greedy", "kstep:3")
+    c = CompareConfig(domains=("chatting", "therapy"), methods=("greedy", "kstep:3"), seeds=1)
+    assert [(cell.domain, cell.method, cell.budget) for cell in cells(c)] == [
+        ("chatting", UNTRAINED, 0),
+        ("therapy", UNTRAINED, 0),
+        *((d, m, 1024) for d in ("chatting", "therapy") for m in ("greedy", "kstep:3")),
     ]
-    folders = {cell.folder(c) for cell in cells(c)}
-    assert len(folders) == 6 and all(":" not in folder.name for folder in folders)
+
+
+def test_every_seed_budget_and_noise_has_its_cells_and_a_folder_of_its_own() -> None:
+    c = CompareConfig(
+        domains=("therapy",),
+        methods=("base", "kstep:3", "full", "kstep:3"),
+        seeds=2,
+        budgets=(256, 64),
+        noise=(0.1, 0.4),
+    )
+    found = cells(c)
+    assert len(found) == 2 * 2 * (1 + 2 * 2) == len({cell.folder("run") for cell in found})
+    assert [cell.seed for cell in found] == [0] * 10 + [1] * 10  # a seed after the other
+    assert [cell.budget for cell in found[:10]] == [0, 0, 64, 64, 64, 64, 256, 256, 256, 256]
+    assert all(":" not in str(cell.folder("run")) for cell in found)
+    assert str(found[2]) == "therapy kstep:3 64 seed 0"
+
+
+def test_all_stands_for_all_domains() -> None:
+    assert CompareConfig(domains=("all",)).domains == ("chatting", "education", "therapy")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"budgets": (100,)}, "budget 100 is no multiple of the 64 dialogues of an update"),
+        ({"budgets": (0,)}, "budget 0 is no multiple"),
+        ({"episodes": 12}, "episodes=12 must be a multiple of group_size=8"),
+    ],
+)
+def test_settings_without_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompareConfig(**settings)
 
 
 @pytest.mark.slow
 def test_a_comparison_gives_all_cells(
-    config: CompareConfig, finished: tuple[dict[Cell, Any], list[dict[Cell, float]]]
+    config: CompareConfig, finished: tuple[dict[Cell, dict[str, Any]], list[dict[Cell, float]]]
 ) -> None:
     results, shares = finished
     assert list(results) == cells(config)
     untrained, trained = (results[cell] for cell in cells(config))
     assert (untrained["num_timesteps"], trained["num_timesteps"]) == (0, 1 * 4 * 2)
-    assert untrained["persona_reward"].keys() == trained["persona_reward"].keys()
-    assert len(trained["persona_reward"]) >= 40
+    assert untrained["by_persona"]["reward"].keys() == trained["by_persona"]["reward"].keys()
+    assert len(trained["by_persona"]["reward"]) >= 40
     assert len(trained["reward_T"]) == 2
     assert {"reward", "drift", "prompt_to_line"} <= trained["metrics"].keys()
 
     for cell in cells(config):
-        folder = cell.folder(config)
+        folder = cell.folder(config.run)
         assert as_text(json.loads((folder / "result.json").read_text())) == as_text(results[cell])
-        assert len(list(read_transcripts(folder))) == len(trained["persona_reward"])
+        assert len(list(read_transcripts(folder))) == len(trained["by_persona"]["reward"])
         assert len(read_metrics(folder)) == (0 if cell.method == UNTRAINED else 1)
-    learned = PPGAgent.load(cells(config)[1].folder(config) / "agent")
+    learned = PPGAgent.load(cells(config)[1].folder(config.run) / "agent")
     assert (str(learned.credit), learned.num_updates) == ("kstep:2", 1)
 
     assert all(0.0 <= share <= 1.0 for row in shares for share in row.values())
@@ -112,12 +154,12 @@ def test_running_again_keeps_finished_cells_and_runs_the_missing_ones(
 ) -> None:
     before = files_of(config)
     more = replace(config, methods=("kstep:2", "greedy"), workers=1)
-    again = compare(more)
+    again = results_in(compare(more))
     assert list(again) == cells(more)
     for cell, result in finished[0].items():
         assert as_text(again[cell]) == as_text(result)  # times too: read, not run
     assert {file: time for file, time in files_of(config).items() if file in before} == before
-    assert again[Cell("chatting", "greedy")]["num_timesteps"] == 8
+    assert again[Cell("chatting", "greedy", 4)]["num_timesteps"] == 8
 
 
 def test_a_finished_cell_is_read_and_not_run(
@@ -126,7 +168,7 @@ def test_a_finished_cell_is_read_and_not_run(
     c = replace(config, run=str(tmp_path))
     cell = Cell("chatting", UNTRAINED)
     result = run_cell(cell, c)
-    monkeypatch.setattr("agents.compare.load_policy", None)  # would fail if it were called
+    monkeypatch.setattr("agents.compare.make_policy", None)  # would fail if it were called
     assert as_text(run_cell(cell, c)) == as_text(result)
 
 
@@ -134,7 +176,7 @@ def test_an_unfinished_cell_starts_again_from_nothing(
     tmp_path: Path, config: CompareConfig
 ) -> None:
     c = replace(config, run=str(tmp_path))
-    cell = Cell("chatting", "greedy")
+    cell = Cell("chatting", "greedy", 4)
 
     def killed(self: PPGAgent, path: Path) -> None:
         raise KeyboardInterrupt
@@ -143,10 +185,10 @@ def test_an_unfinished_cell_starts_again_from_nothing(
         patch.setattr(PPGAgent, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run_cell(cell, c)
-    assert len(read_metrics(cell.folder(c))) == 1
-    assert not (cell.folder(c) / "result.json").exists()
+    assert len(read_metrics(cell.folder(c.run))) == 1
+    assert not (cell.folder(c.run) / "result.json").exists()
     run_cell(cell, c)
-    assert len(read_metrics(cell.folder(c))) == 1
+    assert len(read_metrics(cell.folder(c.run))) == 1
 
 
 @pytest.mark.slow
@@ -154,7 +196,7 @@ def test_stopping_keeps_finished_cells_and_leaves_no_process_behind(
     config: CompareConfig, tmp_path: Path
 ) -> None:
     # The second cell would go on for hours.
-    c = replace(config, run=str(tmp_path), updates=10**6, workers=1)
+    c = replace(config, run=str(tmp_path), budgets=(4 * 10**6,), workers=1)
     first, second = cells(c)
 
     def stop(share: Mapping[Cell, float]) -> None:
@@ -164,29 +206,67 @@ def test_stopping_keeps_finished_cells_and_leaves_no_process_behind(
     with pytest.raises(KeyboardInterrupt):
         compare(c, stop)
     assert not wait_for_children_to_end()
-    assert (first.folder(c) / "result.json").exists()
-    assert not (second.folder(c) / "result.json").exists()
-    assert len(read_metrics(second.folder(c))) >= 1
+    assert (first.folder(c.run) / "result.json").exists()
+    assert not (second.folder(c.run) / "result.json").exists()
+    assert len(read_metrics(second.folder(c.run))) >= 1
 
 
-def test_an_unknown_method_fails_before_any_work_with_a_list(
+def test_an_unknown_method_fails_before_any_work_with_a_list() -> None:
+    with pytest.raises(ValueError, match=r"gredy.*greedy") as raised:
+        CompareConfig(methods=("kstep:2", "gredy"))
+    assert all(name in str(raised.value) for name in ("full", "greedy", "kstep:3", "segment:2"))
+
+
+def test_an_unknown_model_fails_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"'nanoo'\. Did you mean 'nano'"):
+        CompareConfig(model="nanoo")
+
+
+def test_an_unknown_domain_or_judge_fails_before_any_cell_runs(
     config: CompareConfig, tmp_path: Path
 ) -> None:
-    c = replace(config, run=str(tmp_path / "run"), methods=("kstep:2", "gredy"))
-    with pytest.raises(ValueError, match=r"gredy.*greedy") as raised:
-        compare(c)
-    assert all(name in str(raised.value) for name in ("full", "greedy", "kstep:3", "segment:2"))
+    for wrong in ({"domains": ("therapie",)}, {"judge": "rulez"}):
+        with pytest.raises(ValueError, match=r"therapie|rulez"):
+            compare(replace(config, run=str(tmp_path / "run"), **wrong))
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_model_fails_before_any_work(config: CompareConfig, tmp_path: Path) -> None:
-    c = replace(config, run=str(tmp_path / "run"), model="nanoo")
-    with pytest.raises(ValueError, match=r"'nanoo'\. Did you mean 'nano'"):
-        compare(c)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.slow
+def test_a_method_that_crashes_is_kept_with_its_error_and_stops_no_other(
+    config: CompareConfig, tmp_path: Path
+) -> None:
+    methods = ("tests.own_methods:Crashing", "tests.own_methods:Dying", "tests.own_methods:Opening")
+    c = replace(config, run=str(tmp_path), methods=methods)
+    found = compare(c)
+    untrained, crashing, dying, opening = found
+    assert found[untrained].result is not None and found[opening].result is not None
+    assert found[crashing].error == ("RuntimeError: the reward model has left <b>the</b> building")
+    assert "Traceback" in (crashing.folder(c.run) / "error.txt").read_text()
+    assert found[dying].error == "Its process died: out of memory, or killed."
+    assert found[dying].result is None and not wait_for_children_to_end()
+
+    # The same command tries the failed ones again, and only these.
+    before = files_of(c)
+    again = compare(replace(c, methods=(methods[0],)))
+    assert again[crashing].error == found[crashing].error
+    finished = {f: t for f, t in before.items() if "Opening" in str(f) or UNTRAINED in str(f)}
+    assert {f: t for f, t in files_of(c).items() if f in finished} == finished
 
 
-def test_a_run_under_another_budget_is_refused_with_the_difference(
+def test_a_cell_that_failed_forgets_its_error_when_it_succeeds(
+    config: CompareConfig, tmp_path: Path
+) -> None:
+    c = replace(config, run=str(tmp_path))
+    cell = cells(c)[0]
+    cell.folder(c.run).mkdir(parents=True)
+    run_cell(cell, c)
+    (cell.folder(c.run) / "result.json").unlink()
+    (cell.folder(c.run) / "error.txt").write_text("no memory")
+    run_cell(cell, c)
+    assert not (cell.folder(c.run) / "error.txt").exists()
+
+
+def test_a_run_with_other_settings_is_refused_with_the_difference(
     config: CompareConfig, tmp_path: Path
 ) -> None:
     c = replace(config, run=str(tmp_path))

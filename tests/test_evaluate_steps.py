@@ -16,7 +16,8 @@ from tiny_models import tiny_policy
 
 import ppg_env
 from agents import ScriptedPolicy, evaluate_steps
-from agents.evaluate import StepEvaluation, bootstrap_mean
+from agents.evaluate import StepEvaluation
+from agents.statistics import bootstrap_mean
 from agents.policy import Messages
 from agents.rollout import collect_rollouts
 from ppg_env.dialogue import Transcript, Verdict

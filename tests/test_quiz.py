@@ -13,7 +13,7 @@ from own_domain import CAFE, GUESTS
 from tiny_models import tiny_model, tiny_policy, tiny_tokenizer
 
 from agents import RandomPolicy, ScriptedPolicy
-from agents.evaluate import bootstrap_mean
+from agents.statistics import bootstrap_mean
 from agents.loading import load_policy
 from agents.policy import Messages
 from agents.quiz import evaluate_quiz

@@ -1,197 +1,187 @@
-"""The report: table, what it says of the gaps, plots and dialogues, from a made-up comparison."""
+"""The report of a comparison: tables, findings, figures and the page, from made-up run folders."""
 
 from __future__ import annotations
 
-import json
+import csv
 import struct
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from agents.compare import UNTRAINED, Cell, CompareConfig
-from agents.evaluate import Estimate
+from agents.compare import Cell
+from agents.figures import data_size_figure, drift_figure, heat_figure, learning_figure, svg
+from agents.methods import UNTRAINED
 from agents.report import (
-    COLUMNS,
-    before_after,
-    drift_figure,
+    DIFFERENCES,
+    EARNED,
+    csv_table,
+    dialogues,
+    difference_rows,
+    earned_rows,
+    facts,
     findings,
-    learning_figure,
-    markdown_table,
-    save_report,
-    table_rows,
+    markdown,
+    write_report,
 )
-from agents.runs import RunFolder
+from agents.results import Comparison, read_comparison
+from tests.made_up_runs import write_comparison
 
-DOMAINS = ("chatting", "therapy")
-METHODS = ("greedy", "full")
-LEVELS = {UNTRAINED: 0.4, "greedy": 0.6, "full": 0.8}
-
-
-def result_of(cell: Cell, level: float, spread: float = 0.0) -> dict[str, Any]:
-    rng = np.random.default_rng(len(cell.method))
-    rewards = {f"p{i}": level + spread * float(rng.normal()) for i in range(40)}
-    metrics = {
-        "reward": Estimate(level, level - 0.02, level + 0.02),
-        "drift": Estimate(-0.03, -0.04, -0.02),
-        "prompt_to_line": Estimate(0.7, 0.6, 0.8),
-        "line_to_line": Estimate(0.9, 0.85, 0.95),
-        "warmth": Estimate(0.5, 0.4, 0.6),
-        "degenerate_rate": Estimate(0.125, 0.1, 0.15),
-    }
-    return {
-        "domain": cell.domain,
-        "method": cell.method,
-        "metrics": {name: asdict(value) for name, value in metrics.items()},
-        "reward_T": [level, level - 0.1],
-        "persona_reward": rewards,
-        "num_timesteps": 0 if cell.method == UNTRAINED else 128,
-        "train_seconds": 12.4,
-        "tokens_per_second": None if cell.method == UNTRAINED else 1234.5,
-    }
+LEVELS = {UNTRAINED: 0.3, "greedy": 0.5, "kstep:3": 0.6, "full": 0.6}
 
 
-def results_of(spread: float = 0.0, **levels: float) -> dict[Cell, dict[str, Any]]:
-    levels = {**LEVELS, **levels}
-    cells = [Cell(domain, method) for domain in DOMAINS for method in (UNTRAINED, *METHODS)]
-    return {cell: result_of(cell, levels[cell.method], spread) for cell in cells}
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    write_comparison(folder, LEVELS)
+    return folder
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> CompareConfig:
-    """A run folder in which every cell has learned for three updates and spoken two dialogues."""
-    c = CompareConfig(run=str(tmp_path), domains=DOMAINS, methods=METHODS, updates=3)
-    for cell in results_of():
-        folder = RunFolder(cell.folder(c), {"method": cell.method})
-        for update in range(0 if cell.method == UNTRAINED else 3):
-            row = {"time/total_timesteps": 64 * (update + 1), "rollout/turn_rew_mean": 0.2 * update}
-            folder.log(row)
-        dialogues = [
-            [
-                {"role": "system", "content": "You are Ada."},
-                {"role": "user", "content": f"Hello {number}."},
-                {"role": "assistant", "content": f"{cell.method}\nsays *this* in {cell.domain}."},
-                {"role": "user", "content": "Oh."},
-            ]
-            for number in range(2)
-        ]
-        folder.write_transcripts(
-            {"messages": messages, "rewards": [reward]}
-            for messages, reward in zip(dialogues, [0.25, 0.75], strict=True)
-        )
-    return c
+@pytest.fixture(scope="module")
+def found(run: Path) -> Comparison:
+    return read_comparison(run)
 
 
-def test_the_table_has_a_row_for_every_cell_and_a_value_in_every_column() -> None:
-    results = results_of()
-    rows = table_rows(results)
-    assert [row[:2] for row in rows] == [(cell.domain, cell.method) for cell in results]
-    trained = dict(zip(COLUMNS, rows[1][2:], strict=True))
-    assert trained == {
-        "reward/turn": "0.600 [0.580, 0.620]",
-        "prompt_to_line": "0.700 [0.600, 0.800]",
-        "line_to_line": "0.900 [0.850, 0.950]",
-        "domain part": "warmth 0.500 [0.400, 0.600]",
-        "degenerate": "0.125",
-        "drift/turn": "-0.030 [-0.040, -0.020]",
-        "seconds": "12",
-        "tokens/s": "1,234",
-    }
-    assert rows[0][-1] == ""  # the untrained model has no training speed
+def test_both_tables_are_rectangular_and_hold_every_row(found: Comparison) -> None:
+    earned, differences = earned_rows(found), difference_rows(found)
+    assert {len(row) for row in earned} == {len(EARNED)}
+    assert {len(row) for row in differences} == {len(DIFFERENCES)}
+    assert [row[:3] for row in earned[:4]] == [
+        ("chatting", UNTRAINED, ""),
+        ("chatting", "greedy", "64"),
+        ("chatting", "kstep:3", "64"),
+        ("chatting", "full", "64"),
+    ]
+    assert len(earned) == len(found.rows) == 14
+    assert [row[1] for row in differences] == ["greedy", "kstep:3", "full"] * 4
+    shown = dict(zip(EARNED, earned[1], strict=True))
+    assert shown["reward/turn"] == str(found.rows[1].reward)
+    assert shown["drift/turn"].startswith("-0.030") and shown["degenerate"].startswith("0.125")
 
 
-def test_a_judge_with_other_parts_leaves_cells_empty_and_no_error() -> None:
-    results = results_of()
-    for result in results.values():
-        for name in ("prompt_to_line", "line_to_line", "warmth", "degenerate_rate"):
-            del result["metrics"][name]
-    row = dict(zip(COLUMNS, table_rows(results)[0][2:], strict=True))
-    assert [row[name] for name in COLUMNS[1:5]] == ["", "", "", ""]
+def test_a_finding_tells_who_leads_who_is_level_and_who_is_behind(found: Comparison) -> None:
+    sentences = findings(found)
+    assert len(sentences) == 2 * 2  # domains x budgets
+    for sentence in sentences:
+        level = "full" if "kstep:3 earned most" in sentence else "kstep:3"
+        assert f"not separated from it: {level}" in sentence
+        assert sentence.endswith("; behind: greedy.") and "over untrained" in sentence
+    assert sentences[3].startswith("therapy, 128 dialogues: ")
 
 
-def test_the_markdown_table_is_rectangular() -> None:
-    lines = markdown_table(results_of()).splitlines()
-    assert len(lines) == 2 + 6
-    assert {line.count("|") for line in lines} == {len(COLUMNS) + 3}
-    assert set(lines[1]) <= set("|- ")
+def test_with_one_seed_nothing_is_said_to_be_behind(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, seeds=1, domains=["therapy"], budgets=[64])
+    found = read_comparison(tmp_path)
+    (sentence,) = findings(found)
+    assert sentence.endswith("one seed cannot tell whether the others are behind.")
+    text = markdown(found)
+    assert "[" not in "".join(earned_rows(found)[1]) and "nan" not in text
+    assert "one training seed: no interval" in text
 
 
-def test_a_clear_gap_is_called_separated() -> None:
-    sentences = findings(results_of())
-    assert len(sentences) == 2
-    assert sentences[1].startswith("therapy: full leads, +0.400 [+0.400, +0.400] over untrained")
-    assert "+0.200 [+0.200, +0.200] over greedy (separated)" in sentences[1]
+def test_a_failed_cell_is_in_every_form_of_the_report(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
+    folder = Cell("therapy", "greedy", 64, 1).folder(tmp_path)
+    (folder / "result.json").unlink()
+    (folder / "error.txt").write_text("Traceback ...\nMemoryError: <script>too large</script>\n")
+    files = {path.name: path for path in write_report([tmp_path])}
+    table = files["table.md"].read_text(encoding="utf-8")
+    assert "failed: therapy greedy 64 seed 1: MemoryError: <script>too large</script>" in table
+    assert "2 (1 missing)" in table
+    page = files["report.html"].read_text(encoding="utf-8")
+    assert "MemoryError" in page and "<script>too large" not in page
 
 
-def test_a_gap_within_the_noise_is_not_called_separated() -> None:
-    for sentence in findings(results_of(spread=0.3, greedy=0.79)):
-        assert "(not separated)" in sentence
+def test_the_csv_holds_the_numbers_unrounded(found: Comparison) -> None:
+    rows = list(csv.DictReader(csv_table(found).splitlines()))
+    row = found.rows[1]
+    (reward,) = [
+        r
+        for r in rows
+        if (r["domain"], r["method"], r["budget"], r["quantity"])
+        == (row.domain, row.method, str(row.budget), "reward")
+    ]
+    numbers = [float(reward[name]) for name in ("mean", "low", "high")]
+    assert numbers == [row.reward.mean, row.reward.low, row.reward.high]
+    assert "nan" not in csv_table(found)
 
 
-def test_findings_do_without_an_untrained_model_or_a_second_method() -> None:
-    results = {cell: result for cell, result in results_of().items() if cell.method == "full"}
-    assert findings(results) == ["chatting: full leads", "therapy: full leads"]
-    untrained = {cell: r for cell, r in results_of().items() if cell.method == UNTRAINED}
-    assert findings(untrained) == []
+def test_dialogues_know_what_each_line_is_credited_with(found: Comparison) -> None:
+    shown = [d for d in dialogues(found) if (d.domain, d.budget, d.seed) == ("therapy", 64, 0)]
+    kstep = next(d for d in shown if d.method == "kstep:3")
+    assert (kstep.persona, kstep.group, kstep.system) == ("p00", "7", "You are p00.")
+    assert [line.speaker for line in kstep.lines] == ["partner", "agent", "partner", "agent"]
+    first, unscorable = kstep.lines[1], kstep.lines[3]
+    assert (first.reward, first.reason, first.parts) == (0.6, "it fits", {"prompt_to_line": 1.0})
+    assert first.credited == pytest.approx(0.6) and first.advantage == pytest.approx(0.0)
+    assert (unscorable.reward, unscorable.credited, unscorable.advantage) == (None, None, None)
+    untrained = [d for d in dialogues(found) if d.method == UNTRAINED]
+    assert untrained and all(line.credited is None for line in untrained[0].lines)
 
 
-def test_the_drift_plot_shows_every_methods_reward_by_turn() -> None:
-    results = results_of()
-    figure = drift_figure(results)
-    assert [axis.get_title() for axis in figure.axes] == list(DOMAINS)
-    for axis, domain in zip(figure.axes, DOMAINS, strict=True):
-        for line in axis.get_lines():
-            cell = Cell(domain, str(line.get_label()))
-            assert list(line.get_ydata()) == results[cell]["reward_T"]
-        assert [line.get_label() for line in axis.get_lines()] == [UNTRAINED, *METHODS]
+def test_the_facts_name_the_conditions(found: Comparison) -> None:
+    named = dict(facts(found))
+    assert {"model", "episodes", "max_turns", "weights", "git commit", "versions"} <= set(named)
+    assert "torch" in named["versions"]
 
 
-def test_the_learning_curves_show_the_logged_rewards(config: CompareConfig) -> None:
-    figure = learning_figure(results_of(), config)
+def test_the_drift_figure_shows_the_mean_over_seeds_and_their_range(found: Comparison) -> None:
+    figure = drift_figure(found)
+    assert [axis.get_title() for axis in figure.axes] == ["chatting", "therapy"]
     for axis in figure.axes:
+        lines = {str(line.get_label()): line for line in axis.get_lines()}
+        assert list(lines) == list(LEVELS)
+        # The larger budget gains .01, seeds 0, 1, 2 differ by .002.
+        assert list(lines["full"].get_ydata()) == pytest.approx([0.612, 0.512])
+        low, high = (np.asarray(axis.collections[3].get_datalim(axis.transData))[i] for i in (0, 1))
+        assert (low[1], high[1]) == pytest.approx((0.51, 0.614))
+
+
+def test_the_learning_figure_shows_the_logged_rewards(found: Comparison) -> None:
+    for axis in learning_figure(found).axes:
         untrained, *curves = axis.get_lines()
-        assert set(untrained.get_ydata()) == {LEVELS[UNTRAINED]}
+        assert list(untrained.get_ydata()) == pytest.approx([0.3, 0.3], abs=0.02)
         for curve in curves:
-            assert list(curve.get_xdata()) == [64, 128, 192]
+            assert list(curve.get_xdata()) == pytest.approx([128 / 3, 256 / 3, 128])
             assert list(curve.get_ydata()) == pytest.approx([0.0, 0.2, 0.4])
 
 
-def test_dialogues_are_shown_before_and_after_training_with_the_best_method(
-    config: CompareConfig,
-) -> None:
-    text = before_after(results_of(), config)
-    heads = [line for line in text.splitlines() if line.startswith("## ")]
-    assert heads == [
-        f"## {domain}, dialogue {number}, {method}"
-        for domain in DOMAINS
-        for number in (1, 2)
-        for method in (UNTRAINED, "full")
+def test_the_data_size_figure_has_a_point_for_every_budget(found: Comparison) -> None:
+    for axis in data_size_figure(found).axes:
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["64", "128"]
+        assert len(axis.containers) == 3
+
+
+def test_a_heat_figure_numbers_turns_from_one() -> None:
+    axis = heat_figure(np.triu(np.ones((3, 3))), "credit", "weight").axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "3"]
+
+
+def test_the_report_is_a_page_tables_and_figures_that_can_be_printed(run: Path) -> None:
+    files = {path.name: path for path in write_report([run])}
+    figures = [
+        f"{n}.{k}" for n in ("drift", "learning_curves", "data_size") for k in ("pdf", "png")
     ]
-    assert "- persona: You are Ada." in text and "- partner: Hello 1." in text
-    assert "- **agent** (0.75): full says *this* in therapy." in text
+    assert list(files) == ["report.html", "table.md", "table.csv", *figures]
+    assert all(path.parent == run / "report" for path in files.values())
+    for name in figures:
+        content = files[name].read_bytes()
+        if name.endswith("pdf"):
+            assert content.startswith(b"%PDF")
+        else:
+            width, height = struct.unpack(">II", content[16:24])
+            assert width > 800 and height > 400 and len(content) > 10_000
+    page = files["report.html"].read_text(encoding="utf-8")
+    assert "How far ahead" in page and page.count("<svg") >= 3
 
 
-def test_fewer_dialogues_than_asked_for_are_no_error(config: CompareConfig) -> None:
-    assert before_after(results_of(), config, dialogues=9) == before_after(results_of(), config)
+def test_a_report_can_be_written_elsewhere_and_again(run: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        files = write_report([run], tmp_path / "out")
+        assert all(path.parent == tmp_path / "out" and path.exists() for path in files)
 
 
-def test_the_report_is_four_files_that_can_be_looked_at(config: CompareConfig) -> None:
-    paths = save_report(results_of(), config)
-    names = ["table.md", "drift.png", "learning_curves.png", "transcripts.md"]
-    assert [path.name for path in paths] == names
-    table = paths[0].read_text(encoding="utf-8")
-    assert markdown_table(results_of()) in table
-    assert "3 updates x 64 dialogues x 8 turns" in table and "- therapy: full leads" in table
-    for picture in paths[1:3]:
-        content = picture.read_bytes()
-        assert content[:8] == b"\x89PNG\r\n\x1a\n"
-        width, height = struct.unpack(">II", content[16:24])
-        assert width > 800 and height > 400 and len(content) > 10_000
-
-
-def test_results_read_from_disk_give_the_same_report(config: CompareConfig) -> None:
-    results = results_of()
-    read = {cell: json.loads(json.dumps(result)) for cell, result in results.items()}
-    assert table_rows(read) == table_rows(results) and findings(read) == findings(results)
+def test_a_drawing_for_the_page_has_no_ground_of_its_own(found: Comparison) -> None:
+    drawn = svg(drift_figure(found))
+    assert drawn.startswith("<?xml") and "</svg>" in drawn
+    assert 'style="fill: #ffffff"' not in drawn.partition("axes_1")[0]

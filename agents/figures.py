@@ -1,0 +1,185 @@
+"""Drawings of a comparison and of diagnostics; the only file that knows matplotlib.
+
+Every function returns a matplotlib Figure with one panel a world (a domain and its noise):
+`savefig` writes it as PNG, PDF or SVG. Methods keep their colour and marker through all figures of
+a comparison; both tell them apart, and the colours are Okabe and Ito's, for colour-blind readers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .methods import UNTRAINED
+from .results import CellRecord, Comparison, World, world_name
+from .runs import read_metrics
+
+_COLOURS = (
+    *("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2"),
+    *("#999999", "#8C6D1F", "#4B0082"),
+)
+_MARKERS = "os^DvPX*<>"
+
+
+Drawing = Figure
+"""For files that hand figures on."""
+
+
+def drift_figure(found: Comparison) -> Figure:
+    """Return mean reward against the turn of the dialogue, under the largest budget: the drift."""
+
+    def draw(axis: Axes, world: World, styles: Mapping[str, Any]) -> None:
+        for method, records in _largest(found, world):
+            reward_ST = [r.result["reward_T"] for r in records if r.result]
+            turns = np.arange(1, max(map(len, reward_ST)) + 1)
+            _line(axis, turns, _rows(reward_ST, len(turns)), label=method, **styles[method])
+        axis.set(xlabel="turn of the dialogue", ylim=(0, 1))
+
+    return _figure(found, draw, "mean reward", "Reward per turn on held-out personas")
+
+
+def learning_figure(found: Comparison) -> Figure:
+    """Return mean reward in training against dialogues learned from, under the largest budget."""
+
+    def draw(axis: Axes, world: World, styles: Mapping[str, Any]) -> None:
+        for method, records in _largest(found, world):
+            if method == UNTRAINED:
+                levels = [r.result["metrics"]["reward"]["mean"] for r in records if r.result]
+                axis.axhline(np.mean(levels), color=_COLOURS[0], linestyle=":", label=method)
+                continue
+            rewards = []
+            for record in records:
+                rewards.append(
+                    [row["rollout/turn_rew_mean"] for row in read_metrics(record.folder)]
+                )
+            if not any(rewards):
+                continue
+            longest = max(map(len, rewards))
+            episodes = records[0].cell.budget / longest
+            dialogues = episodes * np.arange(1, longest + 1)
+            every = max(1, longest // 6)
+            reward_SN = _rows(rewards, longest)
+            _line(axis, dialogues, reward_SN, label=method, markevery=every, **styles[method])
+        axis.set(xlabel="dialogues learned from", ylim=(0, 1))
+
+    return _figure(found, draw, "mean reward in training", "Learning curves")
+
+
+def data_size_figure(found: Comparison) -> Figure:
+    """Return the held-out reward with its 95 % interval against the dialogues learned from."""
+
+    def draw(axis: Axes, world: World, styles: Mapping[str, Any]) -> None:
+        budgets = found.budgets(world)
+        methods = _methods(found)
+        for row in found.of(world):
+            if row.method == UNTRAINED and row.seeds:
+                axis.axhline(row.reward.mean, color=_COLOURS[0], linestyle=":", label=row.method)
+        for number, method in enumerate(m for m in methods if m != UNTRAINED):
+            rows = [row for row in found.of(world) if row.method == method and row.seeds]
+            if not rows:
+                continue
+            # Beside each other, so that intervals can be read.
+            place = [row.budget * 1.04 ** (number - len(methods) / 2) for row in rows]
+            means = np.array([row.reward.mean for row in rows])
+            below = np.nan_to_num([row.reward.mean - row.reward.low for row in rows])
+            above = np.nan_to_num([row.reward.high - row.reward.mean for row in rows])
+            style = {**styles[method], "capsize": 2, "elinewidth": 1}
+            axis.errorbar(place, means, [below, above], label=method, **style)
+        axis.set(xscale="log", xlabel="dialogues learned from")
+        axis.set_xticks(budgets, [f"{budget:,}" for budget in budgets])
+        axis.minorticks_off()
+
+    return _figure(found, draw, "mean reward per turn", "Reward against data, held-out personas")
+
+
+def heat_figure(value_TT: np.ndarray, title: str, label: str) -> Figure:
+    """Return a T x T picture: row = the turn that acts, column = the reward; NaN stays empty."""
+    figure = Figure(figsize=(4.6, 4.0), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(value_TT, cmap="cividis", vmin=min(0.0, float(np.nanmin(value_TT))))
+    turns = np.arange(len(value_TT))
+    axis.set(xlabel="reward of turn", ylabel="act of turn", title=title)
+    axis.set_xticks(turns, [str(t + 1) for t in turns])
+    axis.set_yticks(turns, [str(t + 1) for t in turns])
+    figure.colorbar(image, ax=axis, label=label)
+    return figure
+
+
+def svg(drawing: Drawing) -> str:
+    """Return the figure as SVG on a clear ground."""
+    text = io.StringIO()
+    drawing.savefig(text, format="svg", transparent=True)
+    return text.getvalue()
+
+
+def _methods(found: Comparison) -> list[str]:
+    return list(dict.fromkeys(row.method for row in found.rows))
+
+
+def _largest(found: Comparison, world: World) -> Iterable[tuple[str, list[CellRecord]]]:
+    """Yield (method, its complete cells) of a world under its largest budget."""
+    budget = max(found.budgets(world), default=0)
+    for method in _methods(found):
+        records = [
+            record
+            for record in found.records
+            if (record.cell.domain, record.cell.noise) == world
+            and record.cell.method == method
+            and record.cell.budget in (0, budget)
+            and record.result is not None
+        ]
+        if records:
+            yield method, records
+
+
+def _rows(values: Sequence[Sequence[float]], width: int) -> np.ndarray:
+    """Return the seeds' series as one array, NaN after the end of a shorter one."""
+    padded = [[*series, *[float("nan")] * (width - len(series))] for series in values]
+    return np.array(padded, dtype=np.float64)
+
+
+def _line(axis: Axes, x: np.ndarray, y_SX: np.ndarray, **style: Any) -> None:
+    """Draw the mean over seeds, shaded from the lowest to the highest seed."""
+    axis.plot(x, np.nanmean(y_SX, axis=0), **style)
+    if len(y_SX) > 1:
+        low, high = np.nanmin(y_SX, axis=0), np.nanmax(y_SX, axis=0)
+        axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _figure(
+    found: Comparison,
+    draw: Callable[[Axes, World, Mapping[str, Any]], None],
+    ylabel: str,
+    title: str,
+) -> Figure:
+    """Return a figure with one panel a world; the legend names what all panels show."""
+    worlds = found.worlds
+    columns = min(3, len(worlds))
+    lines = -(-len(worlds) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * lines + 0.9), layout="constrained")
+    panels = figure.subplots(lines, columns, sharey=True, squeeze=False).ravel()
+    styles = {method: _style(number) for number, method in enumerate(_methods(found))}
+    legend: dict[str, Any] = {}
+    for axis, world in zip(panels, worlds, strict=False):
+        draw(axis, world, styles)
+        axis.set_title(world_name(world, found.worlds))
+        axis.grid(alpha=0.3)
+        legend |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    for axis in panels[len(worlds) :]:
+        axis.set_visible(False)
+    for axis in panels[::columns]:
+        axis.set_ylabel(ylabel)
+    shown = {method: legend[method] for method in styles if method in legend}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def _style(number: int) -> dict[str, Any]:
+    style = {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
+    return {**style, "markersize": 4, "linestyle": ":" if number == 0 else "-"}
