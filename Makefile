@@ -14,7 +14,7 @@ WORLD_INSTALLED := $(WORLD_VENV)/.installed
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-world lint format nano bench clean
+.PHONY: help demo test test-fast test-world lint docs format nano bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -37,6 +37,9 @@ lint: $(INSTALLED)  ## ruff and mypy, changing nothing
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
+docs: $(INSTALLED)  ## build the documentation site into site/, warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 format: $(INSTALLED)  ## let ruff fix and format
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
@@ -48,12 +51,12 @@ bench: $(INSTALLED)  ## measure the environments' speed
 	@$(VENV)/bin/python -m benchmarks.env_speed
 
 clean:  ## remove the virtual environments and the tools' caches
-	@rm -rf $(VENV) $(WORLD_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(WORLD_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
 	@echo "installing the package and its tools into $(VENV) (minutes the first time)"
-	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[dev,notebooks]"
+	@$(VENV)/bin/python $(PIP_INSTALL) -e ".[dev,docs,notebooks]"
 	@touch $@
 
 $(WORLD_INSTALLED): constraints.txt

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium as gym
 import torch
@@ -26,10 +26,13 @@ import ppg_env
 from ppg_env.quiz import ChatQuiz, FactQuiz
 from ppg_env.world import World
 
-from .compare import DOMAINS, Cell, CompareConfig, Outcome, cells, compare
+from .compare import Cell, CompareConfig, Outcome, cells, compare
 from .credit import parse_credit
 from .ppg import DivergedError
 from .train import TrainConfig, train
+
+if TYPE_CHECKING:
+    from .live import LiveDialogue
 
 _BREAKDOWNS = (
     DivergedError,
@@ -154,20 +157,30 @@ class ImportConfig:
 
 @dataclass(frozen=True)
 class PlayConfig:
-    """With whom to speak."""
+    """Who you are, and with whom you speak."""
 
+    role: Literal["agent", "partner"] = "agent"
+    """Whom you play: the agent, whose persona you are told, or its partner."""
     domain: str = "therapy"
     """Domain of PersonaDialogue-v0."""
     persona: str | None = None
-    """Persona id to play; None draws one."""
+    """Id of the agent's persona; None draws one."""
+    agent: str = "nano"
+    """Who answers where you are the partner: folder of a saved agent or model, or "nano"."""
     partner: str = "scripted"
-    """Who speaks with you: "scripted", "openai:MODEL@URL", "hf:FOLDER"."""
+    """Who speaks with you where you are the agent: "scripted", "openai:MODEL@URL", "hf:FOLDER"."""
     judge: str = "rules"
-    """Who scores: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
+    """Who scores the agent: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
     max_turns: int = 8
-    """Your turns in the dialogue."""
+    """The agent's turns in the dialogue."""
     seed: int | None = None
-    """Seeds persona and partner."""
+    """Seeds persona, partner and agent."""
+    web: bool = False
+    """Talk in a browser; role, domain, persona and seed can be chosen anew there."""
+    host: str = "127.0.0.1"
+    """Address of the page; all but 127.0.0.1 let others talk, at the cost of your endpoint."""
+    port: int = 7860
+    """Port of the page; the first free one from here on."""
 
 
 @dataclass(frozen=True)
@@ -337,48 +350,81 @@ def _quiz(spec: str | None, world: World) -> FactQuiz | ChatQuiz | None:
 
 
 def play(c: PlayConfig) -> None:
-    """Let a person play the persona in the terminal and show the verdict of every line."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # the environment refuses what is no text
-    env = gym.make(
-        "PersonaDialogue-v0",
-        domain=c.domain,
-        personas="all",
+    """Let a person play agent or partner, in the terminal or a browser; show every verdict."""
+    from .live import Setting, Stage
+    from .loading import load_policy
+
+    ppg_env.get_domain(c.domain)
+    settings = {}
+    for domain in ppg_env.DOMAINS.values():
+        briefs = {p.id: domain.partner_prompt(p) for p in ppg_env.bundled_personas(domain)}
+        settings[domain.name] = Setting(domain.agent_role, domain.partner_role, briefs)
+    needs_agent = c.web or c.role == "partner"
+    stage = Stage(
+        settings,
+        load_policy(c.agent) if needs_agent else None,
+        agent=c.agent,
         partner=c.partner,
         judge=c.judge,
         max_turns=c.max_turns,
     )
-    options: dict[str, Any] = {} if c.persona is None else {"persona": c.persona}
-    observation, _ = env.reset(seed=c.seed, options=options)
-    world = env.unwrapped.world  # type: ignore[attr-defined]
-    console.print(observation[0]["content"], style="dim", markup=False, highlight=False)
-    console.print("[dim]Answer as this person; an empty line or Ctrl-D ends.[/dim]")
-    total, turns, over = 0.0, 0, False
-    while not over:
-        console.print(f"[bold]{world.domain.partner_role}:[/bold] ", end="")
-        console.print(observation[-1]["content"], markup=False, highlight=False)
-        try:
-            line = input(f"{world.domain.agent_role}: ").strip()
-            if line and line[-1].isalnum():
-                line += "."  # people end lines with Enter
-        except (EOFError, KeyboardInterrupt):
-            line = ""
-        if not line:
+    if not c.web:
+        _talk(stage.begin(c.role, c.domain, c.persona, c.seed))
+        return
+    try:
+        from .web import Start, serve
+    except ImportError as error:
+        raise ImportError(
+            f"The page needs {error.name}: pip install 'partial-policy-gradients[web]'."
+        ) from error
+    serve(stage, Start(c.role, c.domain, c.persona, c.seed), c.host, c.port, _say)
+
+
+def _talk(dialogue: LiveDialogue) -> None:
+    """Talk in the terminal until the dialogue is over or the person ends it."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is refused below
+    setting, is_agent = dialogue.setting, dialogue.role == "agent"
+    console.print(
+        dialogue.system if is_agent else dialogue.brief, style="dim", markup=False, highlight=False
+    )
+    console.print("[dim]Speak in this role; an empty line or Ctrl-D ends.[/dim]")
+    while True:
+        if dialogue.pending is not None:
+            _say(dialogue.pending, setting.partner_role)
+        if dialogue.over:
             break
         try:
-            observation, reward, over, _, info = env.step(line)
-        except ValueError as error:
+            line = input(f"{setting.agent_role if is_agent else setting.partner_role}: ")
+        except (EOFError, KeyboardInterrupt):
+            line = ""
+        if not line.strip():
+            break
+        try:
+            turn = dialogue.say(line)
+        except (ValueError, RuntimeError) as error:
             console.print(str(error), style="red", markup=False)
             continue
-        total, turns = total + float(reward), turns + 1
+        if not is_agent:
+            _say(turn.agent, setting.agent_role)
         parts = ", ".join(
             f"{name} {'-' if value is None else f'{value:.2f}'}"
-            for name, value in info["reward_parts"].items()
+            for name, value in turn.parts.items()
         )
-        colour = "green" if float(reward) >= 0.5 else "red"
-        console.print(f"   {reward:.2f}  {info['reason']}  ({parts})", style=colour, markup=False)
-    if turns:
-        console.print(f"mean reward {total / turns:.2f} over {turns} turns")
+        reward = "unscorable" if turn.reward is None else f"{turn.reward:.2f}"
+        colour = "green" if (turn.reward or 0.0) >= 0.5 else "red"
+        console.print(f"   {reward}  {turn.reason}  ({parts})", style=colour, markup=False)
+    if not is_agent and dialogue.turns:
+        console.print(f"It was {dialogue.persona}: {dialogue.system}", style="dim", markup=False)
+    if dialogue.mean_reward is not None:
+        console.print(f"mean reward {dialogue.mean_reward:.2f} over {len(dialogue.turns)} turns")
+
+
+def _say(text: str, speaker: str = "") -> None:
+    """Print a text as it is, after who says it."""
+    if speaker:
+        console.print(f"[bold]{speaker}:[/bold] ", end="")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def limits(c: LimitsConfig) -> None:

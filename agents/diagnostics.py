@@ -102,8 +102,9 @@ def mean_within(product_GG: np.ndarray, weight_RG: np.ndarray) -> np.ndarray:
 
 
 def interval(value_R: np.ndarray) -> Estimate:
-    """Return the first value with the middle 95 % of the others."""
-    low, high = np.nanpercentile(value_R[1:], [2.5, 97.5])
+    """Return the first value with the middle 95 % of the others, those that are NaN left out."""
+    known_R = value_R[1:][~np.isnan(value_R[1:])]
+    low, high = np.percentile(known_R, [2.5, 97.5]) if len(known_R) else (np.nan, np.nan)
     return Estimate(float(value_R[0]), float(low), float(high))
 
 
@@ -125,13 +126,13 @@ class CreditDiagnosis:
     variance: Estimate
     """E ||g^ - E g^||^2: of the mean over this batch's groups."""
     snr: Estimate
-    """signal / variance."""
+    """signal / variance; NaN where nothing varies."""
     cosine: Estimate
     """Between E g^ and the full E g^, from different groups; NaN where no signal was found."""
     batch_cosine: float
     """Between g^ and the full g^ of this batch; they share their noise, so it says little."""
     bound: float
-    """No variance can be larger than this, see `variance_bound`."""
+    """A worst case that the variance stays below, see `variance_bound`."""
 
     @property
     def signal_found(self) -> bool:
@@ -175,7 +176,7 @@ def gradient_diagnostics(
     weight_RG = resampling_weights(num_groups, num_resamples, seed)
 
     full_signal_R = mean_between(product_CCGG[-1, -1], weight_RG)
-    full_square = product_CCGG[-1, -1].mean()
+    square = product_CCGG[-1, -1].mean()
     found = []
     for c, credit in enumerate(chosen):
         own_GG, with_full_GG = product_CCGG[c, c], product_CCGG[c, -1]
@@ -190,9 +191,9 @@ def gradient_diagnostics(
                 norm=float(np.sqrt(own_GG.mean())),
                 signal=interval(signal_R),
                 variance=interval(variance_R),
-                snr=interval(signal_R / variance_R),
+                snr=interval(_ratio(signal_R, variance_R)),
                 cosine=_cosine(shared_R, signal_R, full_signal_R),
-                batch_cosine=float(with_full_GG.mean() / np.sqrt(own_GG.mean() * full_square)),
+                batch_cosine=float(_ratio(with_full_GG.mean(), np.sqrt(own_GG.mean() * square))),
                 bound=variance_bound(gradients, weight_TT),
             )
         )
@@ -200,14 +201,14 @@ def gradient_diagnostics(
 
 
 def variance_bound(gradients: TurnGradients, weight_TT: np.ndarray) -> float:
-    """Return a number that E ||g^ - E g^||^2 cannot exceed.
+    """Return a worst case of E ||g^ - E g^||^2, for groups of one size.
 
         rho^2 / G  x  (sum_t w_t)  x  (sum_t w_t sigma_t^2)
 
     rho = range of the rewards, 0 included; w_t = sum_u |W[t,u]|, the window of turn t; sigma_t^2 =
     mean of ||grad log pi(a_t|h_t)||^2 over the batch. For advantages are at most rho w_t, and the
-    rest is the Cauchy-Schwarz inequality (docs/diagnostics.md). It grows like the square of K. It
-    is a worst case, and says nothing about which of two credits varies more.
+    rest is the Cauchy-Schwarz inequality (docs/diagnostics.md). It grows like the square of K, and
+    does not say which of two credits really varies more.
     """
     reward_BT = _counted_rewards(gradients)
     reward_range = max(reward_BT.max(), 0.0) - min(reward_BT.min(), 0.0)
@@ -222,8 +223,14 @@ def _counted_rewards(gradients: TurnGradients) -> np.ndarray:
     return np.where(counted_BT, gradients.reward_BT, 0.0)
 
 
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Return the quotient, NaN where the denominator is not positive."""
+    positive = denominator > 0
+    return np.where(positive, numerator / np.where(positive, denominator, 1.0), np.nan)
+
+
 def _cosine(shared_R: np.ndarray, own_R: np.ndarray, full_R: np.ndarray) -> Estimate:
-    """Return the cosine, in [-1, 1]; a resample without signal leaves it open, as 0 and as 1."""
+    """Return the cosine; a resample without signal leaves it open and counts as -1 and as 1."""
     known_R = (own_R > 0) & (full_R > 0)
     length_R = np.sqrt(np.where(known_R, own_R * full_R, 1.0))
     cosine_R = np.clip(shared_R / length_R, -1.0, 1.0)

@@ -297,7 +297,8 @@ class LiveDialogue(ABC):
             )
         if not space.contains(line):
             raise ValueError(
-                "The line holds what is no text (a NUL, or half a character). Type it again without."
+                "The line holds what is no text (a NUL, or half a character). Write it again "
+                "without."
             )
         return line
 
@@ -356,9 +357,7 @@ class PlayedPartner(LiveDialogue):
 
     def _after(self, line: str) -> _Moment:
         history = [*self.messages()[1:], {"role": "user", "content": line}]
-        observation, _ = self._env.reset(
-            seed=self.seed, options={"persona": self.persona, "history": history}
-        )
+        observation, _ = self._env.reset(options={"persona": self.persona, "history": history})
         answer = self._answer(observation)
         _, reward, terminated, truncated, info = self._env.step(answer)
         turns = self._scored(line, answer, float(reward), info)

@@ -16,7 +16,6 @@ import json
 import math
 import re
 from base64 import b64encode
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -209,14 +208,12 @@ class _Cell:
 def _cells(dialogues: Iterable[Dialogue]) -> list[_Cell]:
     """Sort dialogues into cells; those that are shown side by side have the same rank."""
     cells: dict[tuple[str, str, int, int], _Cell] = {}
-    rank_of: dict[tuple[str, int], dict[Any, int]] = {}  # in each domain and seed
-    met: Counter[Any] = Counter()
+    rank_of: dict[tuple[str, int], dict[tuple[str, str], int]] = {}  # in each domain and seed
     for dialogue in dialogues:
         name = (dialogue.domain, dialogue.method, dialogue.budget, dialogue.seed)
         group = (dialogue.persona, dialogue.group)
-        met[name, group] += 1  # the same group twice: first beside first
         ranks = rank_of.setdefault((dialogue.domain, dialogue.seed), {})
-        rank = ranks.setdefault((group, met[name, group]), len(ranks))
+        rank = ranks.setdefault(group, len(ranks))
         cells.setdefault(name, _Cell(*name)).add(dialogue, rank)
     return list(cells.values())
 

@@ -27,10 +27,10 @@ from .diagnostics import (
 from .statistics import Estimate
 from .turn_gradients import TurnGradients
 
-FEWEST_GROUPS = 8
+FEWEST_GROUPS = 16
 """A pilot of fewer groups cannot tell: resampling so few tells nothing about their spread."""
 
-CERTAINTY = 0.8
+CERTAINTY = 0.9
 """The share of resamples in which a credit must win to be named."""
 
 
@@ -119,7 +119,7 @@ def suggest_k(
     error) proportional to what a step of given length improves to first order: the smallest error
     is also the best step.
 
-    A credit is named if it wins in at least 80 % of the resamples of the pilot's groups; a
+    A credit is named if it wins in at least 90 % of the resamples of the pilot's groups; a
     resample that shows no full gradient has no winner. Groups of an update are as large as the
     pilot's.
 

@@ -52,7 +52,22 @@ class TurnGradients:
     num_parameters: int = 0
     """P, how many these are."""
     sketch_width: int | None = None
-    """None = exact; else inner products have a relative error of about sqrt(2 / sketch_width)."""
+    """None = exact; else an inner product <x, y> has an error of at most sqrt(2 / sketch_width) |x|
+    |y|, root mean square."""
+
+    def __post_init__(self) -> None:
+        size = self.reward_BT.size
+        if self.product_NN.shape != (size, size) or len(self.group_B) != len(self.reward_BT):
+            raise ValueError(
+                f"product_NN {self.product_NN.shape}, reward_BT {self.reward_BT.shape} and group_B "
+                f"{self.group_B.shape} do not fit: rewards of {size} turns need {size} x {size} "
+                "products, and a group for each dialogue."
+            )
+        if not np.isfinite(self.product_NN).all():
+            raise ValueError(
+                "Some gradients are not finite, so nothing can be told from them: look at the "
+                "model's weights, or load it in float32."
+            )
 
     @classmethod
     def from_vectors(

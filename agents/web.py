@@ -88,6 +88,12 @@ def serve(
         ValueError: host or port cannot be listened on, or `start` names what there is not.
     """
     stage.environment(start.role, start.domain)  # a wrong name fails here, not in the browser
+    known = list(stage.settings[start.domain].briefs)
+    if start.persona is not None and start.persona not in known:
+        raise ValueError(
+            f"Unknown persona id {start.persona!r}; {start.domain} has {len(known)}, from "
+            f"{known[0]!r} to {known[-1]!r}."
+        )
     listener = listen(host, port)
     found = listener.getsockname()[1]
     is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback

@@ -55,6 +55,9 @@ FLOORS = {
     "agents/provenance": 6,
     "agents/statistics": 6,
     "agents/page": 6,
+    "agents/page_template": 5,
+    "agents/turn_gradients": 12,
+    "agents/live": 11,
     "agents/runs": 7,
     "agents/tape": 6,
     "agents/logs": 7,
@@ -83,6 +86,7 @@ FLOORS = {
     "agents/nano": 15,
     "agents/train": 16,
     "agents/web": 16,
+    "agents/web_page": 15,
     "agents/compare": 17,
     "agents/results": 18,
     "agents/figures": 19,
@@ -104,7 +108,9 @@ WORLD_THIRD_PARTY_LATE = {  # inside functions only
 ONE_OWNER = {
     "matplotlib": {"agents/figures.py"},
     "stable_baselines3": {"agents/sb3.py"},
+    "starlette": {"agents/web.py"},
     "tyro": {"agents/cli.py"},
+    "uvicorn": {"agents/web.py"},
 }
 
 # What importing gymnasium and numpy brings along.

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def some_dialogues() -> list[Dialogue]:
     ]
 
 
+@cache
 def drawing(ylabel: str = "mean reward") -> str:
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         figure = Drawing(figsize=(9, 3))
@@ -193,31 +195,52 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_page(page_of(), tmp_path_factory.mktemp("page") / "report.html")
 
 
+@pytest.fixture(scope="module")
+def heard() -> list[tuple[str, str]]:
+    """What the pages of a test did besides being read: (kind, text)."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def tab(browser: Any, heard: list[tuple[str, str]]) -> Callable[..., Any]:
+    """One tab for every set of options; opening a new one for every test costs most of its time."""
+    tabs: dict[str, Any] = {}
+
+    def tab_with(**options: Any) -> Any:
+        key = json.dumps(options, sort_keys=True)
+        if key not in tabs:
+            context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
+            context.set_default_timeout(20_000)
+            page = context.new_page()
+            page.on("console", lambda message: heard.append(("console", message.text)))
+            page.on("pageerror", lambda error: heard.append(("error", str(error))))
+            page.on("dialog", lambda dialog: (heard.append(("alert", "")), dialog.dismiss()))
+            page.on("request", lambda request: heard.append(("request", request.url)))
+            tabs[key] = page
+        return tabs[key]
+
+    return tab_with
+
+
 @pytest.fixture
-def read(browser: Any) -> Iterator[Callable[..., Any]]:
-    """Open a file; at the end, no page may have complained, asked a question or left its file."""
-    contexts, complaints, requests = [], [], set()
+def read(tab: Callable[..., Any], heard: list[tuple[str, str]]) -> Iterator[Callable[..., Any]]:
+    """Open a file; at the end, no page may have complained, or asked for anything but its file."""
+    heard.clear()
+    expected = set()
 
     def opened(path: Path, address: str = "", **options: Any) -> Any:
-        context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
-        contexts.append(context)
-        context.set_default_timeout(10_000)
-        page = context.new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: requests.add(request.url.partition("#")[0]))
-        requests.add(path.as_uri())
+        page = tab(**options)
+        page.goto("about:blank")  # or a new address in the same file would not open it anew
+        page.emulate_media(media="screen")
+        page.mouse.move(0, 0)
         page.goto(path.as_uri() + address)
+        expected.add(("request", path.as_uri()))
         if page.locator("#browser").count():
             page.wait_for_selector("#browser:not([hidden])")
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert all(url.startswith("file://") and url.endswith(".html") for url in requests), requests
+    assert {(kind, text.partition("#")[0]) for kind, text in heard} == expected
 
 
 def settled(page: Any) -> str:
@@ -261,6 +284,7 @@ def test_the_page_opens_with_every_section_and_a_pair_side_by_side(
         assert page.locator(target).count() == 1
     assert page.locator(".failure").inner_text().startswith("failed therapy, ppo")
     assert "the loss is nan" in page.locator(".failure pre").inner_text()
+    assert texts(page, "td.number .interval") == [" [.264, .299]", " [.3, .5]"]
     assert settled(page).startswith("1 of 12 · ann")
     assert texts(page, "#pair h3")[0] == "untrained"
     assert page.locator("#pair article").count() == 2
@@ -441,6 +465,19 @@ def test_a_reward_is_a_number_and_a_bar_and_none_is_hatched_and_called_unscorabl
     assert hatched.startswith("repeating-linear-gradient")
 
 
+def test_rewards_below_zero_widen_the_scale(read: Callable[..., Any], tmp_path: Path) -> None:
+    found = [dialogue_of("chatting", ARMS[0], 0, "ann", "g", [-0.5, 0.9])]
+    page = read(write_page(page_of(dialogues=found), tmp_path / "report.html"))
+    settled(page)
+
+    assert [page.locator(f"#{end}").inner_text() for end in ("lowest", "highest")] == ["−1", "1"]
+    shares = page.locator("#pair .agent").evaluate_all(
+        "all => all.map(one => Number(one.style.getPropertyValue('--share')))"
+    )
+    assert shares == pytest.approx([0.25, 0.95])
+    assert page.locator("#pair .value").first.inner_text() == "−0.50"
+
+
 # --- keys, links, screen readers ------------------------------------------------------------------
 
 
@@ -473,10 +510,12 @@ def test_a_link_leads_to_what_was_shown(read: Callable[..., Any], report: Path) 
         page.get_by_role("button", name="Next dialogue").click()
     shown, address = settled(page), page.evaluate("location.hash")
 
+    said = texts(page, "#pair .text")
+
     other = read(report, address)
     assert settled(other) == shown
     assert shown.startswith("4 of 12")
-    assert texts(other, "#pair .text") == texts(page, "#pair .text")
+    assert texts(other, "#pair .text") == said
 
     other.locator(".contents a", has_text="Findings").click()
     assert settled(other) == shown  # a link within the page changes no choice
@@ -556,6 +595,7 @@ def test_nothing_that_a_model_says_runs_or_is_lost(
     line = Line("agent", ALL_HOSTILE, 0.5, ALL_HOSTILE, {ALL_HOSTILE: 0.5}, 1.0, 0.0)
     lines = [Line("partner", ALL_HOSTILE), line, *(Line("partner", text) for text in HOSTILE)]
     names = (ALL_HOSTILE, ALL_HOSTILE, 64, 0, ALL_HOSTILE, ALL_HOSTILE)
+    hostile = Dialogue(*names, ALL_HOSTILE, lines)
     path = write_page(
         Page(
             title=ALL_HOSTILE,
@@ -564,7 +604,7 @@ def test_nothing_that_a_model_says_runs_or_is_lost(
             findings=HOSTILE,
             tables=[Table(ALL_HOSTILE, ALL_HOSTILE, HOSTILE, [HOSTILE])],
             figures=[Figure(ALL_HOSTILE, ALL_HOSTILE, drawing("<script>alert(9)"), ALL_HOSTILE)],
-            dialogues=[Dialogue(*names, ALL_HOSTILE, lines)],
+            dialogues=[hostile, replace(hostile, persona="harmless")],
             facts=[(text, text) for text in HOSTILE],
         ),
         tmp_path / "report.html",
@@ -608,10 +648,10 @@ def test_nothing_that_a_model_says_runs_or_is_lost(
     assert widest <= 0
 
     # The choice survives its own address, although that cannot hold half a pair.
-    page.get_by_label("Order").select_option("best")
+    page.get_by_label("Persona").select_option(index=1)
     again = read(path, page.evaluate("location.hash"), bypass_csp=True)
-    assert settled(again).startswith("1 of 1")
-    assert again.locator("#order").input_value() == "best"
+    assert settled(again).startswith("1 of 1 ")
+    assert again.locator("#persona").evaluate("one => one.selectedIndex") == 1
 
 
 def test_the_policy_refuses_connections_scripts_and_pictures_from_elsewhere(
@@ -703,17 +743,27 @@ def test_every_text_has_the_contrast_of_wcag_aa(
 def test_the_theme_is_the_readers_until_he_chooses(read: Callable[..., Any], report: Path) -> None:
     page = read(report, color_scheme="dark")
     ground = "Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
-    ink = page.locator("#figure-1 svg text").first
-    own = page.locator("#figure-2 svg text").first
-    fill = "one => getComputedStyle(one).fill"
+
+    def inks(figure: int) -> set[str]:
+        return set(
+            page.locator(f"#figure-{figure} svg *").evaluate_all(
+                """all => all.map(one => getComputedStyle(one))
+                        .flatMap(style => [style.stroke, style.fill])"""
+            )
+        )
+
+    black, white, blue = "rgb(0, 0, 0)", "rgb(255, 255, 255)", "rgb(0, 114, 178)"
     assert page.evaluate(ground) < 60
-    dark_ink, dark_own = ink.evaluate(fill), own.evaluate(fill)
+    dark, dark_own = inks(1), inks(2)
+    assert not dark & {black, white}  # black on white drawings turn with the theme
+    assert blue in dark
+    assert dark_own >= {black, white, blue}  # unless they keep their own ground
 
     page.get_by_role("button", name="Light theme").click()
 
     assert page.evaluate(ground) > 200
-    assert ink.evaluate(fill) != dark_ink  # black on white drawings turn with the theme
-    assert own.evaluate(fill) == dark_own  # unless they keep their own ground
+    assert inks(1) != dark
+    assert inks(2) == dark_own
     page.get_by_role("button", name="Dark theme").click()
     assert page.evaluate(ground) < 60
 
@@ -735,6 +785,7 @@ def test_colour_blind_readers_tell_low_middle_and_high_rewards_apart(
         ]
         gaps = [np.abs(a - b).max() for i, a in enumerate(tints) for b in tints[:i]]
         assert min(gaps) > 0.05, sight
+    session.send("Emulation.setEmulatedVisionDeficiency", {"type": "none"})
 
 
 @pytest.mark.parametrize(("width", "theme"), [(360, "light"), (1300, "light"), (1300, "dark")])
@@ -827,8 +878,8 @@ def test_dialogues_beyond_the_limit_are_left_out_evenly_and_counted(
     rng = np.random.default_rng(0)
     long = [Line("partner", " ".join(rng.choice(WORDS, 300))) for _ in range(72)]
     found = [
-        replace(dialogue, lines=[*dialogue.lines, line])
-        for dialogue, line in zip(some_dialogues(), long, strict=True)
+        replace(d, persona=f"{d.persona} of {d.domain}", lines=[*d.lines, line])
+        for d, line in zip(some_dialogues(), long, strict=True)
     ]
     whole, none = (
         write_page(page_of(dialogues=all_of), tmp_path / "other.html").stat().st_size

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from browser import headless_chromium
 
 import ppg_env
 from agents import ScriptedPolicy
@@ -193,6 +193,25 @@ def test_half_an_emoji_harms_nothing(site: Site) -> None:
     page = site.say(site.begin(), "half \ud83d of one", turn=0)
     assert len(verdicts(page)) == 1
     assert "half \ufffd" in page
+
+
+def test_line_breaks_are_heard_as_they_were_typed(site: Site) -> None:
+    path = site.begin()
+    site.say(path, "One\r\ntwo.", turn=0)  # as browsers send them
+    assert r"One\ntwo." in site.ask("GET", f"{path}/record")[2]
+
+
+def test_a_partner_that_says_half_an_emoji_is_shown_all_the_same() -> None:
+    def partner(transcripts: Sequence[Any], rngs: object) -> list[str]:
+        return ["half \ud83d of one"] * len(transcripts)
+
+    site = Site(Stage(settings("therapy"), None, partner=partner))
+    try:
+        path = site.begin()
+        assert "half ? of one" in site.say(path, "Hello.", turn=0)
+        assert r"half \ud83d of one" in site.ask("GET", f"{path}/record")[2]
+    finally:
+        site.stop()
 
 
 def test_a_judge_that_fails_is_explained_and_the_line_can_be_sent_again(
@@ -383,8 +402,15 @@ def test_only_a_host_that_lets_others_in_is_warned_of(
 
 def test_a_wrong_start_is_refused_before_anything_is_served() -> None:
     stage = Stage(settings("therapy"), ScriptedPolicy(["Well."]))
-    with pytest.raises(ValueError, match="Unknown domain 'cooking'"):
-        web.serve(stage, web.Start(domain="cooking"))
+    for start, why in (
+        (web.Start(domain="cooking"), "Unknown domain 'cooking'"),
+        (
+            web.Start(persona="nobody"),
+            "Unknown persona id 'nobody'; therapy has 20, from 'therapy-",
+        ),
+    ):
+        with pytest.raises(ValueError, match=why):
+            web.serve(stage, start)
 
 
 SERVER = """
@@ -432,7 +458,7 @@ def test_it_listens_on_this_machine_alone_and_ends_with_ctrl_c() -> None:
             waiting.sendall(f"{head}\r\n\r\n{body}".encode())
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
-            _, errors = process.communicate(timeout=20)
+            _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 0
@@ -441,18 +467,11 @@ def test_it_listens_on_this_machine_alone_and_ends_with_ctrl_c() -> None:
 
 # --- in a browser ---------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright to drive it")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on this machine")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with headless_chromium() as made:
         yield made
-        made.close()
 
 
 class Tab:

@@ -163,12 +163,16 @@
     );
     shown = ordered(passing, state.order);
     state.place = Math.min(Math.max(Number(wanted.place ?? 1) - 1 || 0, 0), Math.max(shown.length - 1, 0));
-    byId("alone").textContent =
-      alone === 1
-        ? "1 dialogue of these two has no counterpart and is not shown."
-        : `${alone.toLocaleString("en")} dialogues of these two have no counterpart and are not shown.`;
-    byId("alone").hidden = alone === 0;
+    tellAlone(alone);
     return show();
+  }
+
+  function tellAlone(count) {
+    byId("alone").hidden = count === 0;
+    byId("alone").textContent =
+      count === 1
+        ? "1 dialogue of these two has no counterpart and is not shown."
+        : `${count.toLocaleString("en")} dialogues of these two have no counterpart and are not shown.`;
   }
 
   const wish = () => Object.fromEntries(CHOICES.map((name) => [name, byId(name).value]));
@@ -268,7 +272,8 @@
 
   // The rewards of the agent's lines as a row of bars: a picture of what the lines say one by one.
   function strip(lines) {
-    const bars = lines.filter((line) => "agent" in line).map((line) => coloured(element("span"), line.reward));
+    const own = lines.filter((line) => "agent" in line);
+    const bars = own.map((line) => coloured(element("span"), line.reward));
     const made = element("div", { className: "strip" }, ...bars);
     made.setAttribute("aria-hidden", "true");
     return made;
