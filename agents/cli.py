@@ -9,7 +9,7 @@ import io
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from ppg_env.world import World
 
 from .compare import Cell, CompareConfig, Outcome, cells, compare
 from .credit import parse_credit
+from .pilot import PilotConfig
 from .ppg import DivergedError
 from .train import TrainConfig, train
 
@@ -204,12 +205,8 @@ def demo(c: DemoConfig) -> None:
     started = time.perf_counter()
     outcomes = _compared(c)
     results = {cell: found.result for cell, found in outcomes.items() if found.result is not None}
-    table = Table(title="Held-out personas, mean [95 % interval]")
-    for name in ("domain", "method", *COLUMNS):
-        table.add_column(name.replace("_to_", " to\n"), overflow="fold")
-    for row in table_rows(results):
-        table.add_row(*(cell.replace(" [", "\n[") for cell in row))
-    console.print(table)
+    header = ("domain", "method", *COLUMNS)
+    _print_table("Held-out personas, mean [95 % interval]", header, table_rows(results))
     for sentence in findings(results):
         console.print(sentence, highlight=False)
     for path in save_demo(results, c):
@@ -237,12 +234,7 @@ def make_report(c: ReportConfig) -> None:
         ("What every method earned, mean [95 % interval]", EARNED, earned_rows(found)),
         ("What separates them", DIFFERENCES, difference_rows(found)),
     ):
-        table = Table(title=title)
-        for name in header:
-            table.add_column(name.replace("_to_", " to\n"), overflow="fold")
-        for row in rows:
-            table.add_row(*(cell.replace(" [", "\n[") for cell in row))
-        console.print(table)
+        _print_table(title, header, rows)
     for warning in found.warnings:
         console.print(warning, style="yellow", markup=False)
     for sentence in findings(found):
@@ -427,6 +419,28 @@ def _say(text: str, speaker: str = "") -> None:
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def suggest(c: PilotConfig) -> None:
+    """Measure the gradients of a pilot's dialogues; print which lookahead they speak for."""
+    from .pilot import pilot_record, run_pilot
+    from .report import GRADIENTS, pilot_findings, pilot_rows
+
+    ppg_env.get_domain(c.domain)
+    record = pilot_record(run_pilot(c, progress_bar=sys.stderr.isatty()))
+    _print_table(f"Gradients of {c.agent} in {c.domain}", GRADIENTS, pilot_rows([record]))
+    for sentence in pilot_findings([record]):
+        console.print(sentence, highlight=False, markup=False)
+
+
+def _print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table; intervals get a line of their own."""
+    table = Table(title=title)
+    for name in header:
+        table.add_column(name.replace("_to_", " to\n"), overflow="fold")
+    for row in rows:
+        table.add_row(*(cell.replace(" [", "\n[") for cell in row))
+    console.print(table)
+
+
 def limits(c: LimitsConfig) -> None:
     """Print what ascent along each class's expected partial gradient reaches; exact."""
     credits = {text: parse_credit(text) for text in c.credits}
@@ -587,7 +601,7 @@ def _with_lists(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         if argument.startswith("--"):
             split = {"--methods": r",(?=[a-zA-Z_])", "--domains": ","}.get(argument, "")
-            split = "," if argument in ("--budgets", "--noise") else split
+            split = "," if argument in ("--budgets", "--noise", "--update-episodes") else split
         found += re.split(split, argument) if split else [argument]
     return found
 
@@ -603,6 +617,7 @@ def main() -> None:
             "train": TrainConfig,
             "evaluate": EvaluateConfig,
             "play": PlayConfig,
+            "suggest-k": PilotConfig,
             "limits": LimitsConfig,
             "rejudge": RejudgeConfig,
             "calibrate": CalibrateConfig,
@@ -619,6 +634,7 @@ def main() -> None:
         TrainConfig: train_agent,
         EvaluateConfig: evaluate_agent,
         PlayConfig: play,
+        PilotConfig: suggest,
         LimitsConfig: limits,
         RejudgeConfig: rejudge,
         CalibrateConfig: calibrate,

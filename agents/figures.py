@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .credit import parse_credit
 from .methods import UNTRAINED
 from .results import CellRecord, Comparison, World, world_name
 from .runs import read_metrics
@@ -97,17 +98,61 @@ def data_size_figure(found: Comparison) -> Figure:
     return _figure(found, draw, "mean reward per turn", "Reward against data, held-out personas")
 
 
-def heat_figure(value_TT: np.ndarray, title: str, label: str) -> Figure:
-    """Return a T x T picture: row = the turn that acts, column = the reward; NaN stays empty."""
-    figure = Figure(figsize=(4.6, 4.0), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(value_TT, cmap="cividis", vmin=min(0.0, float(np.nanmin(value_TT))))
-    turns = np.arange(len(value_TT))
-    axis.set(xlabel="reward of turn", ylabel="act of turn", title=title)
-    axis.set_xticks(turns, [str(t + 1) for t in turns])
-    axis.set_yticks(turns, [str(t + 1) for t in turns])
-    figure.colorbar(image, ax=axis, label=label)
+def variance_figure(pilots: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return variance and direction of each credit's gradient against its window, see pilot.py."""
+    figure = Figure(figsize=(4.2 * len(pilots), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(pilots), squeeze=False, sharex="col", sharey="row")
+    for column, pilot in enumerate(pilots):
+        found = [each for each in pilot["diagnoses"] if each["credit"] != "trajectory"]
+        window = [each["window"] for each in found]
+        above, below = panels[0][column], panels[1][column]
+        _band(above, window, [each["variance"] for each in found], _COLOURS[6], "measured")
+        bound = [each["bound"] for each in found]
+        above.plot(window, bound, color=_COLOURS[4], linestyle="--", label="bound")
+        above.set(yscale="log", title=pilot["config"]["domain"])
+        _band(below, window, [each["cosine"] for each in found], _COLOURS[3], "cosine to full")
+        below.set(ylim=(-1.05, 1.05), xlabel="rewards a turn answers for")
+        for axis in (above, below):
+            axis.grid(alpha=0.3)
+    panels[0][0].set_ylabel("variance of the gradient")
+    panels[1][0].set_ylabel("cosine to the full gradient")
+    panels[0][0].legend(frameon=False)
+    figure.suptitle("Variance and direction against lookahead")
     return figure
+
+
+def dependence_figure(pilots: Sequence[Mapping[str, Any]], credit: str = "kstep:3") -> Figure:
+    """Return how the act at turn t moves the reward at turn u, next to the matrix of a credit."""
+    maps = [np.array(pilot["dependence"]["strength_TT"]) for pilot in pilots]
+    highest = max(float(np.nanmax(value_TT)) for value_TT in maps)
+    figure = Figure(figsize=(3.4 * (len(maps) + 1), 3.9), layout="constrained")
+    axes = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
+    images = [
+        axis.imshow(value_TT, cmap="cividis", vmin=0.0, vmax=highest)
+        for axis, value_TT in zip(axes, maps, strict=False)
+    ]
+    for axis, pilot in zip(axes, pilots, strict=False):
+        axis.set_title(pilot["config"]["domain"])
+    weight_TT = parse_credit(credit).weights(len(maps[0]))
+    axes[-1].imshow(weight_TT, cmap="cividis", vmin=0.0, vmax=1.0)
+    axes[-1].set_title(f"what {credit} keeps")
+    for axis in axes:
+        turns = np.arange(len(maps[0]))
+        axis.set(xlabel="reward of turn", ylabel="act of turn")
+        axis.set_xticks(turns, [str(t + 1) for t in turns])
+        axis.set_yticks(turns, [str(t + 1) for t in turns])
+    figure.colorbar(images[0], ax=axes[:-1], label="effect on the reward")
+    figure.suptitle("Which act moves which reward")
+    return figure
+
+
+def _band(
+    axis: Axes, x: Sequence[float], found: Sequence[Mapping[str, float]], colour: str, label: str
+) -> None:
+    """Draw estimates with their intervals."""
+    mean, low, high = (np.array([each[k] for each in found]) for k in ("mean", "low", "high"))
+    axis.plot(x, mean, color=colour, marker="o", markersize=4, label=label)
+    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def svg(drawing: Drawing) -> str:

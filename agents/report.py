@@ -18,8 +18,17 @@ import numpy as np
 
 from . import page
 from .credit import Credit, advantages, partial_returns
-from .figures import Drawing, data_size_figure, drift_figure, learning_figure, svg
+from .figures import (
+    Drawing,
+    data_size_figure,
+    dependence_figure,
+    drift_figure,
+    learning_figure,
+    svg,
+    variance_figure,
+)
 from .methods import UNTRAINED, parse_method
+from .pilot import read_pilots
 from .results import CellRecord, Comparison, Row, World, read_comparison, world_name
 from .runs import read_transcripts
 from .statistics import Estimate
@@ -34,6 +43,10 @@ EARNED = (
 DIFFERENCES = (
     *("world", "method", "dialogues", "over untrained", "over full", "p (Holm)", "beats full"),
     *("behind the best", "p (Holm)"),
+)
+GRADIENTS = (
+    *("domain", "credit", "window", "norm", "variance", "signal to noise", "cosine to full"),
+    "bound",
 )
 
 
@@ -50,7 +63,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> l
     found = read_comparison(*runs)
     folder = Path(runs[0]) / "report" if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    drawings = figures(found)
+    pilots = [pilot for run in runs for pilot in read_pilots(run)]
+    drawings = {**figures(found), **pilot_figures(pilots)}
     files = [
         _write(folder / "table.md", markdown(found)),
         _write(folder / "table.csv", csv_table(found)),
@@ -64,10 +78,11 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> l
         title=title,
         warnings=found.warnings,
         failures=[(str(record.cell), record.error) for record in found.failed],
-        findings=findings(found),
+        findings=[*findings(found), *pilot_findings(pilots)],
         tables=[
             page.Table("What every method earned", _EARNED_NOTE, EARNED, earned_rows(found)),
             page.Table("What separates them", _GAPS_NOTE, DIFFERENCES, difference_rows(found)),
+            *([page.Table("Gradients", _PILOT_NOTE, GRADIENTS, pilot_rows(pilots))] * bool(pilots)),
         ],
         figures=[
             page.Figure(drawing.get_suptitle(), caption, svg(drawing), caption)
@@ -95,6 +110,57 @@ def figures(found: Comparison) -> dict[str, tuple[str, Drawing]]:
     return drawn
 
 
+def pilot_figures(pilots: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Drawing]]:
+    """Return the figures of pilots, {} if there are none."""
+    if not pilots:
+        return {}
+    variance = (
+        "Above: variance of the gradient of one update with its 95 % interval, and the bound that "
+        "no variance exceeds. Below: cosine between its expectation and the full gradient."
+    )
+    dependence = (
+        "How strongly the act of a turn (row) moves the reward of a turn (column), measured within "
+        "groups; below the diagonal is noise alone. On the right what a credit keeps of it."
+    )
+    return {
+        "variance": (variance, variance_figure(pilots)),
+        "dependence": (dependence, dependence_figure(pilots)),
+    }
+
+
+def pilot_findings(pilots: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return which lookahead each pilot speaks for."""
+    return [
+        f"{pilot['config']['domain']}, pilot of {pilot['config']['episodes']} dialogues. "
+        f"{suggestion['verdict']}"
+        for pilot in pilots
+        for suggestion in pilot["suggestions"]
+    ]
+
+
+def pilot_rows(pilots: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the cells of the table GRADIENTS."""
+    return [
+        (
+            pilot["config"]["domain"],
+            each["credit"],
+            f"{each['window']:.1f}",
+            f"{each['norm']:.3g}",
+            f"{Estimate(**each['variance']):.3g}",
+            f"{Estimate(**each['snr']):.2f}",
+            _shown(Estimate(**each["cosine"]), ".2f"),
+            f"{each['bound']:.3g}",
+        )
+        for pilot in pilots
+        for each in pilot["diagnoses"]
+    ]
+
+
+_PILOT_NOTE = (
+    "Gradient of one update on the pilot's dialogues, untrained model unless said otherwise; "
+    "intervals from bootstrapped groups. Signal-to-noise: squared length of the expected gradient "
+    "over the variance."
+)
 _EARNED_NOTE = (
     "Mean over training seeds and held-out personas with its 95 % interval for other seeds and "
     "other personas (two-way layout, Satterthwaite's t); interquartile mean with a bootstrap "

@@ -87,6 +87,7 @@ FLOORS = {
     "agents/train": 16,
     "agents/web": 16,
     "agents/web_page": 15,
+    "agents/pilot": 17,
     "agents/compare": 17,
     "agents/results": 18,
     "agents/figures": 19,

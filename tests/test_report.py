@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from agents.compare import Cell
-from agents.figures import data_size_figure, drift_figure, heat_figure, learning_figure, svg
+from agents.figures import data_size_figure, drift_figure, learning_figure, svg
 from agents.methods import UNTRAINED
 from agents.report import (
     DIFFERENCES,
@@ -150,11 +150,6 @@ def test_the_data_size_figure_has_a_point_for_every_budget(found: Comparison) ->
     for axis in data_size_figure(found).axes:
         assert [label.get_text() for label in axis.get_xticklabels()] == ["64", "128"]
         assert len(axis.containers) == 3
-
-
-def test_a_heat_figure_numbers_turns_from_one() -> None:
-    axis = heat_figure(np.triu(np.ones((3, 3))), "credit", "weight").axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "3"]
 
 
 def test_the_report_is_a_page_tables_and_figures_that_can_be_printed(run: Path) -> None:
