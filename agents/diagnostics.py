@@ -5,7 +5,7 @@
     reward_dependence(gradients)                 # how the act at turn t moves the reward at turn u
 
 Estimators and their limits: docs/diagnostics.md. Letters: B dialogues, T (also U) turns, N = B x T,
-C (also D) credits, G groups, n members of one group, R resamples.
+C (also D) credits, G (also H) groups, R resamples.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from .credit import Credit, advantages, credit_weights, parse_credit, partial_returns
-from .statistics import LEVEL, Estimate
+from .statistics import Estimate
 from .turn_gradients import TurnGradients
 
 NUM_RESAMPLES = 1000
@@ -44,15 +43,13 @@ def group_products(
     Raises:
         ValueError: if there are fewer than two groups.
     """
-    num_groups = gradients.num_groups
-    if num_groups < 2:
-        raise ValueError(
-            "All dialogues are of one group, so nothing tells signal from noise; collect at least "
-            "two groups, better 32 (num_envs = 32 x group_size)."
-        )
+    num_groups = _checked_groups(gradients)
     share = num_groups / gradients.num_episodes
+    weights = [
+        credit_weights(credit, gradients.num_turns, gradients.boundaries) for credit in credits
+    ]
     weight_CN = np.stack(
-        [share * credited(gradients, credit, baseline).ravel() for credit in credits]
+        [share * credited(gradients, weight_TT, baseline).ravel() for weight_TT in weights]
     )
     group_N = np.repeat(gradients.group_B, gradients.num_turns)
     turns = [np.flatnonzero(group_N == g) for g in range(num_groups)]
@@ -63,9 +60,8 @@ def group_products(
     return product_CCGG
 
 
-def credited(gradients: TurnGradients, credit: Credit, baseline: str) -> np.ndarray:
-    """Return advantage_BT under the credit, unscaled."""
-    weight_TT = credit_weights(credit, gradients.num_turns, gradients.boundaries)
+def credited(gradients: TurnGradients, weight_TT: np.ndarray, baseline: str) -> np.ndarray:
+    """Return advantage_BT under a credit matrix, as PPGAgent computes it but unscaled."""
     return_BT = partial_returns(gradients.reward_BT, weight_TT, gradients.alive_BT)
     return advantages(
         return_BT,
@@ -74,6 +70,16 @@ def credited(gradients: TurnGradients, credit: Credit, baseline: str) -> np.ndar
         alive_BT=gradients.alive_BT,
         scorable_BT=~np.isnan(gradients.reward_BT),
     )
+
+
+def _checked_groups(gradients: TurnGradients) -> int:
+    """Return the number of groups if it is enough."""
+    if gradients.num_groups < 2:
+        raise ValueError(
+            "All dialogues are of one group, so nothing tells signal from noise; collect at least "
+            "two groups, better 32 (num_envs = 32 x group_size)."
+        )
+    return gradients.num_groups
 
 
 def resampling_weights(num_groups: int, num_resamples: int, seed: int) -> np.ndarray:
@@ -246,8 +252,8 @@ def _cosine(shared_R: np.ndarray, own_R: np.ndarray, full_R: np.ndarray) -> Esti
 class RewardDependence:
     """How strongly the act at turn t moves the reward at turn u, T x T arrays; t = row, u = column.
 
-    In units of the reward: square roots of squared covariances per unit of squared gradient, with
-    the sign of the square, which noise can make negative where nothing is.
+    In units of the reward: square roots of the squared lengths below, which have their noise
+    subtracted and keep their sign: where nothing is, about half come out negative.
     """
 
     strength_TT: np.ndarray
@@ -256,86 +262,69 @@ class RewardDependence:
     high_TT: np.ndarray
     """Upper end."""
     upper: Estimate
-    """Mean of the squares on and above the diagonal."""
+    """Mean of the squared strengths on and above the diagonal."""
     lower: Estimate
-    """Mean of the squares below the diagonal. No act moves an earlier reward: if the interval
-    excludes 0, and does so for other seeds too, the batch or the estimator is at fault."""
+    """Mean of the squared strengths below the diagonal. No act moves an earlier reward: if the
+    interval excludes 0, and does so for other seeds too, the batch or the estimator is at fault."""
 
 
-def reward_dependence(gradients: TurnGradients) -> RewardDependence:
+def reward_dependence(
+    gradients: TurnGradients, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> RewardDependence:
     """Return how strongly the act at turn t moves the reward at turn u, by group contrasts.
 
-        strength[t,u]^2 = mean over groups of || Cov(grad log pi(a_t|h_t), r_u | group) ||^2
-                          / mean of || grad log pi(a_t|h_t) ||^2
+        strength[t,u]^2 = || E D[t,u] ||^2 / E || grad log pi(a_t|h_t) ||^2
+        D[t,u] = mean over a group of (r_u - its leave-one-out mean) grad log pi(a_t|h_t)
 
-    Members of a group share persona, opening and partner seed: what differs between them is what
-    the agent said. The squared norm is estimated without bias within each group: it is the
-    Hilbert-Schmidt independence criterion with linear kernels (Song et al., "Feature selection via
-    dependence maximization", JMLR 13, 2012). Acts need not be known. Intervals are Student's over
-    groups. A turn that could not be scored, and one that did not take place, has reward 0, as in
-    `partial_returns`.
+    Members of a group share persona, opening and partner seed, so their rewards differ by what the
+    agent said; E D[t,u] is their covariance with the act, the piece of the full gradient that a
+    credit keeps where W[t,u] = 1. Its squared length is the mean of <D_g, D_h> over pairs of
+    different groups, without bias. Acts need not be known. What moves rewards one way for some
+    personas and the opposite way for others cancels. Turns that could not be scored are treated as
+    in training, see credit.advantages.
 
     Raises:
-        ValueError: if a group has fewer than four members, or there are fewer than two groups.
+        ValueError: if there are fewer than two groups.
     """
-    members = [np.flatnonzero(gradients.group_B == g) for g in range(gradients.num_groups)]
-    smallest = min(map(len, members))
-    if smallest < 4 or len(members) < 2:
-        raise ValueError(
-            f"A map needs two groups of at least 4 dialogues, got {len(members)} of which the "
-            f"smallest has {smallest}; collect with options={{'group_size': 8}}."
-        )
-    reward_BT = _counted_rewards(gradients)
-    square_GTT = np.stack(
-        [_squared_covariances(_same_turn(gradients, own), reward_BT[own]) for own in members]
-    )
-    length_T = gradients.square_BT.mean(axis=0)
-    square_GTT /= np.where(length_T > 0, length_T, 1.0)[:, None]
-    mean_TT, half_TT = _student(square_GTT)
-    is_below_TT = np.tri(gradients.num_turns, k=-1, dtype=bool)
-    return RewardDependence(
-        strength_TT=_signed_root(mean_TT),
-        low_TT=_signed_root(mean_TT - half_TT),
-        high_TT=_signed_root(mean_TT + half_TT),
-        upper=_mean_estimate(square_GTT[:, ~is_below_TT]),
-        lower=_mean_estimate(square_GTT[:, is_below_TT]),
-    )
-
-
-def _same_turn(gradients: TurnGradients, own: np.ndarray) -> np.ndarray:
-    """Return product_Tnn: the inner products between the members' gradients of the same turn."""
+    product_TTGG = _piece_products(gradients)
     num_turns = gradients.num_turns
-    row_Tn = own * num_turns + np.arange(num_turns)[:, None]
-    return gradients.product_NN[row_Tn[:, :, None], row_Tn[:, None, :]].astype(np.float64)
+    weight_RG = resampling_weights(gradients.num_groups, num_resamples, seed)
+    length_T = gradients.square_BT.mean(axis=0)
+    square_RTT = np.empty((num_resamples + 1, num_turns, num_turns))
+    for t, u in np.ndindex(num_turns, num_turns):
+        piece_R = mean_between(product_TTGG[t, u], weight_RG)
+        square_RTT[:, t, u] = piece_R / (length_T[t] or 1.0)
+    root_RTT = np.sign(square_RTT) * np.sqrt(np.abs(square_RTT))
+    low_TT, high_TT = np.percentile(root_RTT[1:], [2.5, 97.5], axis=0)
+    is_below_TT = np.tri(num_turns, k=-1, dtype=bool)
+    return RewardDependence(
+        strength_TT=root_RTT[0],
+        low_TT=low_TT,
+        high_TT=high_TT,
+        upper=_mean_over(square_RTT, ~is_below_TT),
+        lower=_mean_over(square_RTT, is_below_TT),
+    )
 
 
-def _squared_covariances(product_Tnn: np.ndarray, reward_nT: np.ndarray) -> np.ndarray:
-    """Return unbiased estimates of ||Cov(s_t, r_u)||^2, shape (T, T), from the n of one group."""
-    n = len(reward_nT)
-    others_nn = 1.0 - np.eye(n)
-    left_Tnn = product_Tnn * others_nn
-    right_Unn = np.einsum("iu,ju->uij", reward_nT, reward_nT) * others_nn
-    left_Tn, right_Un = left_Tnn.sum(axis=2), right_Unn.sum(axis=2)
-    both_TU = np.einsum("tij,uij->tu", left_Tnn, right_Unn)
-    apart_TU = np.outer(left_Tn.sum(axis=1), right_Un.sum(axis=1)) / ((n - 1) * (n - 2))
-    chained_TU = left_Tn @ right_Un.T * 2 / (n - 2)
-    return np.asarray((both_TU + apart_TU - chained_TU) / (n * (n - 3)))
+def _mean_over(square_RTT: np.ndarray, chosen_TT: np.ndarray) -> Estimate:
+    """Return the mean of the chosen entries; NaN if there are none."""
+    if not chosen_TT.any():
+        return Estimate(np.nan, np.nan, np.nan)
+    return interval(square_RTT[:, chosen_TT].mean(axis=1))
 
 
-def _student(value_GX: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean over groups and half the length of its interval."""
-    num_groups = len(value_GX)
-    error_X = value_GX.std(axis=0, ddof=1) / np.sqrt(num_groups)
-    return value_GX.mean(axis=0), stats.t.ppf((1 + LEVEL) / 2, num_groups - 1) * error_X
-
-
-def _mean_estimate(value_GX: np.ndarray) -> Estimate:
-    """Return the mean over groups and entries; NaN where there are no entries."""
-    if value_GX.shape[1] == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"))
-    mean, half = _student(value_GX.mean(axis=1))
-    return Estimate(float(mean), float(mean - half), float(mean + half))
-
-
-def _signed_root(square: np.ndarray) -> np.ndarray:
-    return np.asarray(np.sign(square) * np.sqrt(np.abs(square)))
+def _piece_products(gradients: TurnGradients) -> np.ndarray:
+    """Return product_TTGG[t,u,g,h] = <D_g[t,u], D_h[t,u]>."""
+    num_episodes, num_turns = gradients.reward_BT.shape
+    product_BTBT = gradients.product_NN.reshape((num_episodes, num_turns) * 2)
+    share = _checked_groups(gradients) / num_episodes
+    member_GB = share * (np.arange(gradients.num_groups)[:, None] == gradients.group_B)
+    product_TTGG = np.empty((num_turns, num_turns, *(gradients.num_groups,) * 2))
+    for u in range(num_turns):
+        column_TT = np.zeros((num_turns, num_turns))
+        column_TT[:, u] = 1.0
+        advantage_BT = credited(gradients, column_TT, "leave_one_out")
+        for t in range(num_turns):
+            piece_GB = member_GB * advantage_BT[:, t]
+            product_TTGG[t, u] = piece_GB @ product_BTBT[:, t, :, t] @ piece_GB.T
+    return product_TTGG

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -158,7 +159,8 @@ def _band(
 def svg(drawing: Drawing) -> str:
     """Return the figure as SVG on a clear ground."""
     text = io.StringIO()
-    drawing.savefig(text, format="svg", transparent=True)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters stay letters
+        drawing.savefig(text, format="svg", transparent=True)
     return text.getvalue()
 
 

@@ -18,12 +18,13 @@ import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 _TEMPLATE = Path(__file__).parent / "page_template"
 _SCRIPTS = ("page.js", "transcripts.js")
@@ -338,6 +339,21 @@ def _render(
         math.ceil(max((cell.highest for cell in cells), default=1)),
     )
     scripts = [(_TEMPLATE / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    return _template().render(
+        page=page,
+        figures=figures,
+        style=(_TEMPLATE / "page.css").read_text(encoding="utf-8"),
+        scripts=scripts,
+        script_hashes=[b64encode(sha256(s.encode()).digest()).decode() for s in scripts],
+        index=_packed(_json({"scale": scale, "cells": index})),
+        blocks=[cell.block(kept) for cell in cells],
+        num_dialogues=sum(len(cell.records) for cell in cells),
+        num_shown=sum(len(cell["personas"]) for cell in index),
+    )
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE),
         autoescape=True,
@@ -349,17 +365,7 @@ def _render(
     environment.filters["mean_and_interval"] = _mean_and_interval
     environment.filters["json"] = _json
     environment.globals["numeric_columns"] = _numeric_columns
-    return environment.get_template("page.html.jinja").render(
-        page=page,
-        figures=figures,
-        style=(_TEMPLATE / "page.css").read_text(encoding="utf-8"),
-        scripts=scripts,
-        script_hashes=[b64encode(sha256(s.encode()).digest()).decode() for s in scripts],
-        index=_packed(_json({"scale": scale, "cells": index})),
-        blocks=[cell.block(kept) for cell in cells],
-        num_dialogues=sum(len(cell.records) for cell in cells),
-        num_shown=sum(len(cell["personas"]) for cell in index),
-    )
+    return environment.get_template("page.html.jinja")
 
 
 def _carried(text: str) -> str:

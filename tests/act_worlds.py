@@ -117,14 +117,12 @@ class ActWorld:
         return float(1 - toward / ((own**2).sum() + noise))
 
     def dependence(self) -> np.ndarray:
-        """Return ||Cov(s_t, r_u | kind)||^2, shape (T, T), mean over the kinds."""
+        """Return ||E Cov(s_t, r_u | kind)||^2, shape (T, T): what turn t does to the reward r_u."""
         square_TT = np.zeros((self.num_turns, self.num_turns))
         for t, u in np.ndindex(*square_TT.shape):
             weight_TT = np.zeros_like(square_TT)
             weight_TT[t, u] = 1.0
-            for process in self.processes:
-                gradient = process.expected_gradient(self.policy_TSA, weight_TT)
-                square_TT[t, u] += (gradient**2).sum() / len(self.processes)
+            square_TT[t, u] = (self.gradient(weight_TT) ** 2).sum()
         return square_TT
 
     # -- by chance ---------------------------------------------------------------------------------

@@ -1,5 +1,9 @@
-"""The suggested K: against worlds whose best K is known exactly, and honest where none is."""
+"""The suggested K: against worlds whose best K is known exactly, and honest where none is.
 
+python tests/test_suggest_k.py prints how often it is wrong: the table in docs/diagnostics.md.
+"""
+
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -8,6 +12,7 @@ import pytest
 from act_worlds import ActWorld
 
 from agents.credit import FullPlanning, KStep, Subset, parse_credit
+from agents.diagnostics import default_credits
 from agents.suggest import CERTAINTY, FEWEST_GROUPS, suggest_k
 from agents.turn_gradients import TurnGradients
 
@@ -233,3 +238,39 @@ def test_an_unknown_baseline_and_a_single_group_are_refused():
         suggest_k(world.pilot(4, rng), (64,), baseline="leave_on_out")
     with pytest.raises(ValueError, match="All dialogues are of one group"):
         suggest_k(world.pilot(1, rng), (64,))
+
+
+# ---- how often it is wrong -----------------------------------------------------------------------
+
+
+def main() -> None:
+    """Count wrong answers over pilots of 18 worlds, with all lookaheads and with three."""
+    sizes, num_pilots = (16, 64, 256, 1024), 45
+    print("| pilot | update | named | wrong | error lost by the first candidate |")
+    print("|---|---|---|---|---|")
+    for num_groups in (FEWEST_GROUPS, 2 * FEWEST_GROUPS):
+        told, wrong, lost = Counter(), Counter(), Counter()
+        worlds = itertools.product(("chatting", "therapy", "education"), (4, 6), (0, 5, 20))
+        cases = list(itertools.product(worlds, (None, ("greedy", "kstep:3", "full"))))
+        for (domain, num_turns, num_steps), credits in cases:
+            world = ActWorld(domain, num_turns=num_turns, num_steps=num_steps)
+            names, rng = credits or default_credits(num_turns), np.random.default_rng(0)
+            errors = {n: {c: world.error(c, GROUP_SIZE, n) for c in names} for n in sizes}
+            for _ in range(num_pilots):
+                pilot = world.pilot(num_groups, rng, GROUP_SIZE)
+                for found in suggest_k(pilot, sizes, credits, num_resamples=300):
+                    number, error = found.update_episodes, errors[found.update_episodes]
+                    best = min(error, key=error.__getitem__)
+                    first = max(found.errors, key=lambda each: each.wins).credit
+                    told[number] += found.credit is not None
+                    wrong[number] += found.credit not in (None, best)
+                    lost[number] += error[first] - error[best]
+        total = len(cases) * num_pilots
+        for number in sizes:
+            shares = (told[number] / total, wrong[number] / total)
+            cells = [f"{num_groups * GROUP_SIZE}", f"{number}", *(f"{s:.1%}" for s in shares)]
+            print("| " + " | ".join([*cells, f"{lost[number] / total:.3f}"]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

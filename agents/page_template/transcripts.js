@@ -196,6 +196,7 @@
 
   async function show() {
     const pair = shown[state.place];
+    byId("pair").setAttribute("aria-busy", String(Boolean(pair)));
     for (const [id, end] of [["previous", 0], ["next", shown.length - 1]]) {
       byId(id).setAttribute("aria-disabled", String(!pair || state.place === end));
     }
@@ -219,6 +220,7 @@
     byId("pair").replaceChildren(...articles);
     nameSides(pair);
     byId("place").replaceChildren(...place(pair));
+    byId("pair").setAttribute("aria-busy", "false");
   }
 
   function place(pair) {
