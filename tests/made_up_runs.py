@@ -15,7 +15,9 @@ from agents.runs import RunFolder
 PERSONAS = [f"p{i:02d}" for i in range(20)]
 
 
-def write_cell(run: str | Path, cell: Cell, level: float, *, c: CompareConfig | None = None) -> None:
+def write_cell(
+    run: str | Path, cell: Cell, level: float, *, c: CompareConfig | None = None
+) -> None:
     """Write a complete cell: rewards around `level`, three updates, two dialogues."""
     folder = RunFolder(cell.folder(run), cell_settings(cell, c or CompareConfig(model="nano")))
     folder.clear()
@@ -23,12 +25,14 @@ def write_cell(run: str | Path, cell: Cell, level: float, *, c: CompareConfig | 
     rewards = dict(zip(PERSONAS, level + 0.02 * rng.standard_normal(20), strict=True))
     by_persona = {
         "reward": rewards,
-        "drift": {name: -0.03 for name in PERSONAS},
-        "prompt_to_line": {name: 0.7 for name in PERSONAS},
-        "degenerate_rate": {name: 0.125 for name in PERSONAS},
+        "drift": dict.fromkeys(PERSONAS, -0.03),
+        "prompt_to_line": dict.fromkeys(PERSONAS, 0.7),
+        "degenerate_rate": dict.fromkeys(PERSONAS, 0.125),
     }
     for update in range(0 if cell.method == UNTRAINED else 3):
-        folder.log({"time/total_timesteps": 8 * (update + 1), "rollout/turn_rew_mean": 0.2 * update})
+        folder.log(
+            {"time/total_timesteps": 8 * (update + 1), "rollout/turn_rew_mean": 0.2 * update}
+        )
     folder.write_transcripts(dialogue(cell, name, level) for name in PERSONAS[:2])
     trained = cell.method != UNTRAINED
     folder.finish(

@@ -13,8 +13,8 @@ from tiny_models import tiny_policy
 import ppg_env
 from agents import PPGAgent, RandomPolicy, ScriptedPolicy, evaluate_policy
 from agents.evaluate import Evaluation
-from agents.statistics import Estimate, bootstrap_mean, drift_slopes, paired_difference
 from agents.policy import Messages
+from agents.statistics import Estimate, bootstrap_mean, drift_slopes, paired_difference
 
 LINES = ["I like tea.", "I have a dog.", "That is a good question.", "No, I never did."]
 

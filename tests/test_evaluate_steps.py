@@ -17,9 +17,9 @@ from tiny_models import tiny_policy
 import ppg_env
 from agents import ScriptedPolicy, evaluate_steps
 from agents.evaluate import StepEvaluation
-from agents.statistics import bootstrap_mean
 from agents.policy import Messages
 from agents.rollout import collect_rollouts
+from agents.statistics import bootstrap_mean
 from ppg_env.dialogue import Transcript, Verdict
 
 LINES = ["I like tea.", "I have a dog.", "That is a good question.", "No, I never did."]

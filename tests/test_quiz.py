@@ -13,11 +13,11 @@ from own_domain import CAFE, GUESTS
 from tiny_models import tiny_model, tiny_policy, tiny_tokenizer
 
 from agents import RandomPolicy, ScriptedPolicy
-from agents.statistics import bootstrap_mean
 from agents.loading import load_policy
 from agents.policy import Messages
 from agents.quiz import evaluate_quiz
 from agents.rollout import collect_rollouts
+from agents.statistics import bootstrap_mean
 from ppg_env import DOMAINS, Persona, Transcript, bundled_personas, get_domain
 from ppg_env.chat import ChatError, Completion, TransformersChat
 from ppg_env.quiz import ChatQuiz, FactQuiz, Question, read_grade, read_questions

@@ -1,4 +1,4 @@
-"""From run folders to evidence: pairing, intervals, and nothing that is dropped or mixed silently."""
+"""From run folders to evidence: pairing, intervals, and nothing dropped or mixed silently."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_cells_of_other_settings_are_refused(run: Path, tmp_path: Path) -> None:
 
 def test_a_cell_that_is_there_twice_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "therapy", tmp_path / "therapy")
-    with pytest.raises(ValueError, match="is in .* and in .*; name one of them"):
+    with pytest.raises(ValueError, match=r"is in .* and in .*; name one of them"):
         read_comparison(run, tmp_path)
 
 
@@ -155,7 +155,7 @@ def test_cells_of_other_versions_are_marked(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_comparison_says_how_to_make_one(tmp_path: Path) -> None:
     RunFolder(tmp_path / "train", {"domain": "therapy"})
-    with pytest.raises(FileNotFoundError, match="no comparison in .*ppg compare"):
+    with pytest.raises(FileNotFoundError, match=r"no comparison in .*ppg compare"):
         read_comparison(tmp_path)
 
 
