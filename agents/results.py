@@ -149,6 +149,8 @@ def read_comparison(*runs: str | Path) -> Comparison:
         FileNotFoundError: there are no cells in a folder.
         ValueError: the cells were not made under the same conditions, or one is there twice.
     """
+    if not runs:
+        raise ValueError("Name the run folder of a comparison, such as runs/compare.")
     records = [record for run in runs for record in _read_cells(Path(run))]
     _refuse_mixtures(records)
     return Comparison(_in_order(records))

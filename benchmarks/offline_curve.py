@@ -239,6 +239,8 @@ def main() -> None:
             print(f"{row['domain']} {row['method']} {row['size']} seed {row['seed']}: {mean:.3f}")
     wanted = {(*asdict(cell).values(), options.steps) for cell in cells}
     rows = [r for r in rows if tuple(r[k] for k in (*Cell.__annotations__, "steps")) in wanted]
+    order = [(cell.domain, cell.method, cell.size) for cell in cells]
+    rows.sort(key=lambda row: order.index((row["domain"], row["method"], row["size"])))
     (options.out / "table.md").write_text(table(rows) + "\n")
     plot(rows, options.out / "curve.png")
     print(f"wrote {options.out}/table.md and curve.png")

@@ -18,7 +18,7 @@ import ppg_env
 from agents.compare import CompareConfig, compare
 from agents.figures import data_size_figure, drift_figure
 from agents.report import DIFFERENCES, EARNED, difference_rows, earned_rows, findings, write_report
-from agents.results import Comparison, Row, World, read_comparison, world_name
+from agents.results import Comparison, read_comparison, world_name
 
 METHODS = ("ppo", "trajectory", "greedy", "kstep:2", "kstep:3", "segment:2", "full")
 NOISY_METHODS = ("greedy", "kstep:2", "kstep:3", "full")
@@ -71,11 +71,6 @@ def predictions(found: Comparison) -> Iterator[str]:
                 f"| {world_name(world, found.worlds)} | {budget:,} | {covering} {own.reward} | "
                 f"{gap} | {leader.method} {leader.reward} | {over_greedy:+.3f} |"
             )
-
-
-def catching_up(found: Comparison, world: World) -> list[tuple[int, Row]]:
-    """Return (budget, row of full planning) of a world."""
-    return [(row.budget, row) for row in found.of(world) if row.method == "full" and row.seeds]
 
 
 def markdown_rows(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

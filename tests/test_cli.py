@@ -93,7 +93,7 @@ def test_help_lists_the_commands() -> None:
     [
         ("demo", ["--run", "--domains", "--methods", "--budgets", "--workers"]),
         ("compare", ["--run", "--domains", "--methods", "--budgets", "--seeds", "--noise"]),
-        ("report", ["RUNS", "--out"]),
+        ("report", ["Which comparison is reported", "--out"]),
         (
             "train",
             ["--domain", "--credit", "--k", "--algorithm", "--model", "--total-timesteps"],
