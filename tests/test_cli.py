@@ -35,7 +35,7 @@ def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
 
@@ -162,11 +162,11 @@ def test_ctrl_c_in_a_real_terminal_stops_everything_and_keeps_what_is_done(
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (finished.exists() and learning.exists()) and time.monotonic() < deadline:
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)  # as the terminal does, children included
-        shown, _ = process.communicate(timeout=20)
+        shown, _ = process.communicate(timeout=90)
     finally:
         process.kill()
     assert process.returncode == 130
