@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation, evaluate_policy, evaluate_steps
     from .lm_policy import LMPolicy
     from .loading import load_policy
-    from .logs import read_log, split_by_persona, write_log
+    from .logs import LoggedDialogue, parse_dialogue, read_log, split_by_persona, write_log
     from .ppg import FullPlanningAgent, GreedyAgent, KStepAgent, PPGAgent, SegmentAgent
     from .ppo import PPOAgent
     from .rollout import RolloutBatch, collect_rollouts
@@ -42,6 +42,7 @@ _LATE = {
     "GreedyAgent": "ppg",
     "KStepAgent": "ppg",
     "LMPolicy": "lm_policy",
+    "LoggedDialogue": "logs",
     "PPGAgent": "ppg",
     "PPOAgent": "ppo",
     "RolloutBatch": "rollout",
@@ -50,6 +51,7 @@ _LATE = {
     "evaluate_policy": "evaluate",
     "evaluate_steps": "evaluate",
     "load_policy": "loading",
+    "parse_dialogue": "logs",
     "read_log": "logs",
     "split_by_persona": "logs",
     "write_log": "logs",
@@ -66,6 +68,7 @@ __all__ = [
     "KStep",
     "KStepAgent",
     "LMPolicy",
+    "LoggedDialogue",
     "PPGAgent",
     "PPOAgent",
     "Policy",
@@ -85,6 +88,7 @@ __all__ = [
     "leave_one_out",
     "load_policy",
     "parse_credit",
+    "parse_dialogue",
     "partial_returns",
     "read_log",
     "split_by_persona",

@@ -157,6 +157,22 @@ class ImportConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """Which log becomes two: no persona, dialogue or copy of one is in both."""
+
+    log: tyro.conf.Positional[str]
+    """The log; it is streamed and stays as it is."""
+    train: str
+    """The log to write for learning; gzipped if it ends in .gz."""
+    test: str
+    """The log to write for validation or evaluation."""
+    test_share: float = 0.2
+    """Share of the dialogues in it, as near as whole personas allow."""
+    seed: int = 0
+    """Seeds which personas it holds."""
+
+
+@dataclass(frozen=True)
 class PlayConfig:
     """Who you are, and with whom you speak."""
 
@@ -284,7 +300,8 @@ def _exit_if_failed(outcomes: Mapping[Cell, Outcome]) -> None:
 
 def train_agent(c: TrainConfig) -> None:
     """Train one agent into a run folder."""
-    ppg_env.get_domain(c.domain)
+    if c.offline is None and c.domain is not None:
+        ppg_env.get_domain(c.domain)
     try:
         agent = train(c)
     except KeyboardInterrupt:
@@ -293,6 +310,9 @@ def train_agent(c: TrainConfig) -> None:
         raise
     if agent.processes.is_main_process:
         console.print(f"The agent is in {c.run}/agent")
+        best = [row["offline/best_epoch"] for row in agent.history if "offline/best_epoch" in row]
+        if best:
+            console.print(f"It is that of epoch {best[-1]:.0f}, the best on the validation log.")
 
 
 def evaluate_agent(c: EvaluateConfig) -> None:
@@ -539,12 +559,31 @@ def import_log(c: ImportConfig) -> None:
     """Turn published dialogues into a log that `ppg train --offline` reads."""
     from ppg_env.consistent_dialogues import published_records
 
-    from .logs import parse_trajectory, write_log
+    from .logs import parse_dialogue, write_log
 
-    records = published_records(c.folder, agents=c.agents, other_judge=c.other_judge)
-    chosen = (r for r in records if c.domain in (None, r["domain"]))
-    number = write_log(c.out, map(parse_trajectory, chosen))
-    console.print(f"wrote {c.out}: {number} dialogues", highlight=False)
+    if c.domain is not None:
+        ppg_env.get_domain(c.domain)
+    dialogues: set[str] = set()
+
+    def chosen() -> Iterator[Mapping[str, Any]]:
+        for record in published_records(c.folder, agents=c.agents, other_judge=c.other_judge):
+            if c.domain in (None, record["domain"]):
+                dialogues.add(record["dialogue"])
+                yield record
+        if not dialogues:
+            raise ValueError(f"{c.folder} holds no dialogues of the domain {c.domain!r}.")
+
+    number = write_log(c.out, map(parse_dialogue, chosen()))
+    console.print(f"wrote {c.out}: {number} records of {len(dialogues)} dialogues", highlight=False)
+
+
+def split_a_log(c: SplitConfig) -> None:
+    """Write a log as one to learn from and one of other personas."""
+    from .logs import split_log
+
+    numbers = split_log(c.log, c.train, c.test, c.test_share, c.seed)
+    for path, number in zip((c.train, c.test), numbers, strict=True):
+        console.print(f"wrote {path}: {number} dialogues", highlight=False)
 
 
 def _rejudged(
@@ -622,6 +661,7 @@ def main() -> None:
             "rejudge": RejudgeConfig,
             "calibrate": CalibrateConfig,
             "import": ImportConfig,
+            "split": SplitConfig,
         },
         prog="ppg",
         args=_with_lists(sys.argv[1:]),
@@ -639,6 +679,7 @@ def main() -> None:
         RejudgeConfig: rejudge,
         CalibrateConfig: calibrate,
         ImportConfig: import_log,
+        SplitConfig: split_a_log,
     }
     try:
         commands[type(config)](config)

@@ -9,14 +9,16 @@ each other, so intervals over turns would be too narrow. Evaluation shares no st
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from .logs import opened_by_the_partner
+from .logs import LoggedDialogue, opened_by_the_partner, read_log
 from .policy import Messages, Policy
 from .quiz import Quiz, evaluate_quiz
 from .rollout import RolloutBatch, collect_rollouts, speaker_for
@@ -59,28 +61,17 @@ class Evaluation:
         return self.by_persona["reward"]
 
 
-class LoggedDialogue(Protocol):
-    """What `evaluate_steps` needs of a logged dialogue; `logs.Trajectory` is one."""
-
-    @property
-    def persona(self) -> str: ...
-    @property
-    def num_turns(self) -> int: ...
-    @property
-    def reward_T(self) -> np.ndarray: ...
-    def history(self, turn: int) -> Messages: ...
-
-
 @dataclass(frozen=True)
 class StepEvaluation:
     """What single turns after logged histories earned.
 
     Attributes:
         reward: of the policy's lines, mean of persona means.
-        logged: of the lines that were logged there.
+        logged: the same of the lines that were logged there: of those turns that count in `reward`
+            and have a logged reward.
         reward_T: mean reward at each turn of the dialogue.
         persona_reward: mean reward of each persona, for paired comparisons.
-        num_steps: turns that were spoken.
+        num_steps: turns that were spoken; those without room in the policy's context were not.
     """
 
     reward: Estimate
@@ -142,7 +133,7 @@ def evaluate_policy(
 def evaluate_steps(
     envs: VectorEnv[Any, Any, Any],
     policy: Policy,
-    trajectories: Iterable[LoggedDialogue],
+    log: str | Path | Iterable[LoggedDialogue],
     *,
     seed: int = 0,
     deterministic: bool = False,
@@ -156,22 +147,25 @@ def evaluate_steps(
     Args:
         envs: a vector environment of PersonaDialogue-v0 that knows the logged personas.
         policy: anything with `predict`.
-        trajectories: held-out dialogues; turns in which the agent spoke first are left out.
+        log: held-out dialogues, or the file of a log; turns in which the agent spoke first are left
+            out.
         seed: of partner and sampling.
         deterministic: the most likely line instead of a sampled one.
 
     Raises:
+        LogError: the file is no log.
         ValueError: if there is nothing to go on from, or for an unknown persona.
     """
+    known = getattr(envs.unwrapped, "persona_ids", None)
     points = [
-        (trajectory.persona, turn, opened_by_the_partner(history), trajectory.reward_T[turn])
-        for trajectory in trajectories
-        for turn in range(trajectory.num_turns)
-        if (history := trajectory.history(turn)) and history[-1]["role"] == "user"
+        (dialogue.persona, turn, opened_by_the_partner(history), dialogue.reward_T[turn])
+        for dialogue in _known_dialogues(log, known)
+        for turn in range(dialogue.num_turns)
+        if (history := dialogue.history(turn)) and history[-1]["role"] == "user"
     ]
     if not points:
         raise ValueError("There is no logged turn to go on from.")
-    reward_N = np.full(len(points), np.nan)
+    reward_N, spoke_N = np.full(len(points), np.nan), np.zeros(len(points), dtype=bool)
     for start in range(0, len(points), envs.num_envs):
         chunk = points[start : start + envs.num_envs]
         filled = chunk + [chunk[0]] * (envs.num_envs - len(chunk))
@@ -182,8 +176,9 @@ def evaluate_steps(
         said = tuple(line or "..." for line in lines)
         reward_B = np.where(speaker.spoke_B, envs.step(said)[1], np.nan)
         reward_N[start : start + len(chunk)] = reward_B[: len(chunk)]
+        spoke_N[start : start + len(chunk)] = speaker.spoke_B[: len(chunk)]
     names, persona_N = np.unique([p[0] for p in points], return_inverse=True)
-    logged_N = np.array([p[3] for p in points])
+    logged_N = np.where(np.isnan(reward_N), np.nan, [p[3] for p in points])
     turn_N = np.array([p[1] for p in points])
     by_turn = [reward_N[turn_N == turn] for turn in range(turn_N.max() + 1)]
     means = _group_means(reward_N, persona_N)
@@ -192,8 +187,26 @@ def evaluate_steps(
         logged=bootstrap_mean(_group_means(logged_N, persona_N), seed),
         reward_T=np.array([_row_means(rewards[None])[0] for rewards in by_turn]),
         persona_reward=dict(zip(names.tolist(), means.tolist(), strict=True)),
-        num_steps=len(points),
+        num_steps=int(spoke_N.sum()),
     )
+
+
+def _known_dialogues(
+    log: str | Path | Iterable[LoggedDialogue], known: Sequence[str] | None
+) -> Iterator[LoggedDialogue]:
+    """Yield the dialogues, as long as their personas are among those known; None = not told."""
+    for number, dialogue in enumerate(
+        read_log(log) if isinstance(log, str | Path) else log, start=1
+    ):
+        if known is not None and dialogue.persona not in known:
+            near = difflib.get_close_matches(dialogue.persona, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"Unknown persona id {dialogue.persona!r} in dialogue {number}.{hint} The "
+                f"environment has {len(known)} personas: make it with those of the log, "
+                "personas='all' for the bundled ones of every split, or the path of a persona file."
+            )
+        yield dialogue
 
 
 def _summary(

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 
-from .logs import Trajectory
+from .logs import LoggedDialogue
 from .policy import Messages, Policy
 from .rollout import speaker_for
 from .statistics import drift_slopes
@@ -246,7 +246,7 @@ class LiveDialogue(ABC):
             spoken.append({"role": "user", "content": self.pending})
         return spoken
 
-    def trajectory(self) -> Trajectory:
+    def trajectory(self) -> LoggedDialogue:
         """Return the dialogue as a record of a log, see logs.py.
 
         Raises:
@@ -256,7 +256,7 @@ class LiveDialogue(ABC):
             raise ValueError("Nothing was said yet; a record needs one line of the agent.")
         names = dict.fromkeys(name for turn in self.turns for name in turn.parts)
         is_agent = self.role == "agent"
-        return Trajectory(
+        return LoggedDialogue(
             messages=self.messages(),
             rewards=tuple(self.rewards),
             domain=self.domain,

@@ -1,10 +1,10 @@
-"""Logged dialogues on disk: one trajectory a line of JSON, plain or gzipped (".gz").
+"""Logged dialogues on disk: one a line of JSON, plain or gzipped (".gz").
 
-    for trajectory in read_log("runs/train/transcripts.jsonl"):
-        print(trajectory.persona, trajectory.rewards)
+    for dialogue in read_log("runs/train/transcripts.jsonl"):
+        print(dialogue.persona, dialogue.rewards)
 
-What `ppg train` and `ppg evaluate` leave behind is such a log, what `ppg train --offline` reads is
-one. A line is a JSON object:
+What `ppg train` leaves behind (transcripts.jsonl) is such a log, what `ppg train --offline` reads
+is one. A line is a JSON object:
 
     messages      [{"role", "content"}, ...]: system (who the agent is), then user (the partner) and
                   assistant (the agent) in turn, from either of them on; further keys are kept
@@ -59,10 +59,13 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """One logged dialogue, as the agent saw it; fields as in the module's docstring.
+class LoggedDialogue:
+    """One dialogue of a log, as the agent saw it; fields as in the module's docstring.
 
     T lines of the agent.
+
+    Raises:
+        ValueError: names the field, its value and what is expected.
     """
 
     messages: Messages
@@ -84,7 +87,23 @@ class Trajectory:
     def __post_init__(self) -> None:
         known = sorted(_FIELDS.intersection(self.extra))
         if known:
-            raise ValueError(f"{', '.join(known)} are fields of a trajectory, not extra ones.")
+            raise ValueError(f"{', '.join(known)} are fields of a dialogue, not extra ones")
+        messages = _messages(self.messages)
+        turns = _own_lines(messages)
+        ids, logprobs = _tokens(self.token_ids, self.logprobs, turns)
+        checked = {
+            "messages": messages,
+            "rewards": _numbers("rewards", self.rewards, turns, -1.0, 1.0),
+            "group": _group(self.group),
+            "reward_parts": _parts(self.reward_parts, turns),
+            "reasons": None if self.reasons is None else _texts("reasons", self.reasons, turns),
+            "token_ids": ids,
+            "logprobs": logprobs,
+            "flags": _texts("flags", self.flags),
+            **{name: _text(name, getattr(self, name)) for name in _TEXTS},
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def num_turns(self) -> int:
@@ -145,11 +164,11 @@ class LogError(ValueError):
     """A log cannot be used; names the file, the line and the field."""
 
 
-def read_log(path: str | Path) -> Iterator[Trajectory]:
-    """Yield the trajectories of a log, one at a time: memory does not grow with the file.
+def read_log(path: str | Path) -> Iterator[LoggedDialogue]:
+    """Yield the dialogues of a log, one at a time: memory does not grow with the file.
 
     Raises:
-        LogError: for a malformed line, a truncated file or a log without trajectories; all lines
+        LogError: for a malformed line, a truncated file or a log without dialogues; all lines
             before it have been yielded.
         FileNotFoundError: there is no such file.
     """
@@ -167,86 +186,54 @@ def read_log(path: str | Path) -> Iterator[Trajectory]:
             f"{path} is truncated or damaged after line {number} ({error}); copy it again."
         ) from error
     if not found:
-        raise LogError(f"{path} is empty: it holds no trajectories.")
+        raise LogError(f"{path} is empty: it holds no dialogues.")
 
 
-def write_log(path: str | Path, trajectories: Iterable[Trajectory]) -> int:
+def write_log(path: str | Path, dialogues: Iterable[LoggedDialogue]) -> int:
     """Write a log, gzipped if the name ends in ".gz", in whole or not at all; return how many.
 
     Raises:
-        LogError: for a trajectory that `read_log` would refuse, and if there are none; a file that
+        LogError: for a dialogue that `read_log` would refuse, and if there are none; a file that
             was there before still is.
     """
     path, number = Path(path), 0
     draft = path.with_name(f"{path.name}.part")
     try:
         with draft.open("wb") as raw, _compressed(raw, path) as lines:
-            for number, trajectory in enumerate(trajectories, start=1):
-                lines.write(_one_line(trajectory, number))
+            for number, dialogue in enumerate(dialogues, start=1):
+                lines.write(_one_line(dialogue, number))
         if not number:
-            raise LogError(f"There are no trajectories to write to {path}.")
+            raise LogError(f"There are no dialogues to write to {path}.")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
     return number
 
 
-def parse_trajectory(record: object) -> Trajectory:
-    """Return the trajectory of one JSON object.
+def parse_dialogue(record: object) -> LoggedDialogue:
+    """Return the logged dialogue of one JSON object.
 
     Raises:
         ValueError: names the field, its value and what is expected.
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
-    rest = dict(record)
-    messages = _messages(rest.pop("messages", None))
-    turns = sum(message["role"] == "assistant" for message in messages)
-    if "rewards" not in rest:
+    if "rewards" not in record:
+        turns = _own_lines(_messages(record.get("messages")))
         raise ValueError(
             "field 'rewards' is missing: one number in [-1, 1] or null for each of the agent's "
             f"{turns} lines"
         )
-    texts = {name: "" if (text := rest.pop(name, None)) is None else text for name in _TEXTS}
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"field {name!r}: expected a text, got {text!r:.80}")
-    group = rest.pop("group", None)
-    if group is not None and (isinstance(group, bool) or not isinstance(group, int | str)):
-        raise ValueError(f"field 'group': expected a whole number or a text, got {group!r:.80}")
-    rewards = _numbers("rewards", rest.pop("rewards"), turns, -1.0, 1.0)
-    parts = rest.pop("reward_parts", None)
-    if parts is not None and not isinstance(parts, Mapping):
-        raise ValueError(f"field 'reward_parts': expected an object, got {parts!r:.80}")
-    reasons = rest.pop("reasons", None)
-    if reasons is not None:
-        _refuse_unless_texts("reasons", reasons, turns)
-    flags = rest.pop("flags", None)
-    if flags is not None:
-        _refuse_unless_texts("flags", flags)
-    ids, logprobs = _tokens(rest.pop("token_ids", None), rest.pop("logprobs", None), turns)
-    return Trajectory(
-        messages=messages,
-        rewards=rewards,
-        group=group,
-        reward_parts={
-            name: _numbers(f"reward_parts.{name}", part, turns)
-            for name, part in (parts or {}).items()
-        },
-        reasons=None if reasons is None else tuple(reasons),
-        token_ids=ids,
-        logprobs=logprobs,
-        flags=tuple(flags or ()),
-        extra=rest,
-        **texts,
-    )
+    known = {name: value for name in _FIELDS if (value := record.get(name)) is not None}
+    rest = {name: value for name, value in record.items() if name not in _FIELDS}
+    return LoggedDialogue(**{"messages": None, "rewards": None, **known, "extra": rest})
 
 
-def _parsed(line: bytes, where: str) -> Trajectory:
+def _parsed(line: bytes, where: str) -> LoggedDialogue:
     # Only the last line can lack its end.
     cut = "" if line.endswith(b"\n") else "; the file ends within this line, it may be truncated"
     try:
-        return parse_trajectory(json.loads(line.decode("utf-8")))
+        record = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise LogError(
             f"{where}: not a JSON object on one line ({error.msg} at column {error.colno}){cut}."
@@ -256,22 +243,29 @@ def _parsed(line: bytes, where: str) -> Trajectory:
     except RecursionError as error:
         raise LogError(f"{where}: nested too deeply.") from error
     except ValueError as error:
+        most = sys.get_int_max_str_digits()
+        raise LogError(f"{where}: a whole number of more than {most} digits.") from error
+    try:
+        return parse_dialogue(record)
+    except ValueError as error:
         raise LogError(f"{where}, {error}.") from error
 
 
-def _one_line(trajectory: Trajectory, number: int) -> bytes:
+def _one_line(dialogue: LoggedDialogue, number: int) -> bytes:
     try:
-        record = trajectory.record()
-        parse_trajectory(record)
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(dialogue.record(), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise LogError(f"Trajectory {number} cannot be written: {error}.") from error
+        raise LogError(f"Dialogue {number} cannot be written: {error}.") from error
     # What UTF-8 cannot encode are lone surrogates, and their Python escape is the JSON one.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 
+def _own_lines(messages: Messages) -> int:
+    return sum(message["role"] == "assistant" for message in messages)
+
+
 def _messages(given: object) -> Messages:
-    if not isinstance(given, list) or not given:
+    if not isinstance(given, list | tuple) or not given:
         raise ValueError(f"field 'messages': expected a list of chat messages, got {given!r:.80}")
     for i, message in enumerate(given):
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
@@ -291,7 +285,7 @@ def _messages(given: object) -> Messages:
                 f"field 'messages[{i}].role': two lines of {role!r} in a row; partner (user) and "
                 "agent (assistant) take turns"
             )
-    if all(message["role"] != "assistant" for message in given):
+    if not _own_lines(given):
         raise ValueError("field 'messages': the agent (role 'assistant') says nothing")
     return [dict(message) for message in given]
 
@@ -299,7 +293,7 @@ def _messages(given: object) -> Messages:
 def _numbers(
     name: str, given: object, turns: int, low: float = -math.inf, high: float = math.inf
 ) -> tuple[float | None, ...]:
-    if not isinstance(given, list):
+    if not isinstance(given, list | tuple):
         raise ValueError(f"field {name!r}: expected a list, got {given!r:.80}")
     if len(given) != turns:
         raise ValueError(
@@ -321,11 +315,30 @@ def _is_finite(value: object) -> TypeGuard[float]:
     return -sys.float_info.max <= value <= sys.float_info.max
 
 
-def _refuse_unless_texts(name: str, given: object, turns: int | None = None) -> None:
+def _text(name: str, given: object) -> str:
+    if not isinstance(given, str):
+        raise ValueError(f"field {name!r}: expected a text, got {given!r:.80}")
+    return given
+
+
+def _texts(name: str, given: object, turns: int | None = None) -> tuple[str, ...]:
     if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
         raise ValueError(f"field {name!r}: expected a list of texts, got {given!r:.80}")
     if turns is not None and len(given) != turns:
         raise ValueError(f"field {name!r}: {len(given)} texts for {turns} lines of the agent")
+    return tuple(given)
+
+
+def _group(given: object) -> int | str | None:
+    if isinstance(given, bool) or not isinstance(given, int | str | None):
+        raise ValueError(f"field 'group': expected a whole number or a text, got {given!r:.80}")
+    return given
+
+
+def _parts(given: object, turns: int) -> dict[str, tuple[float | None, ...]]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"field 'reward_parts': expected an object, got {given!r:.80}")
+    return {name: _numbers(f"reward_parts.{name}", part, turns) for name, part in given.items()}
 
 
 def _tokens(
@@ -335,10 +348,10 @@ def _tokens(
         if logprobs is not None:
             raise ValueError("field 'logprobs': there are no token_ids that they belong to")
         return None, None
-    if not isinstance(ids, list) or len(ids) != turns:
+    if not isinstance(ids, list | tuple) or len(ids) != turns:
         raise ValueError(f"field 'token_ids': expected {turns} lists of ids, one a line")
     for t, line in enumerate(ids):
-        if not isinstance(line, list) or not line:
+        if not isinstance(line, list | tuple) or not line:
             raise ValueError(f"field 'token_ids[{t}]': expected token ids, got {line!r:.80}")
         for token in line:
             if type(token) is not int or not 0 <= token < 2**31:
@@ -346,10 +359,10 @@ def _tokens(
     tokens = tuple(map(tuple, ids))
     if logprobs is None:
         return tokens, None
-    if not isinstance(logprobs, list) or len(logprobs) != turns:
+    if not isinstance(logprobs, list | tuple) or len(logprobs) != turns:
         raise ValueError(f"field 'logprobs': expected {turns} lists of numbers, one a line")
     for t, line in enumerate(logprobs):
-        if not isinstance(line, list) or len(line) != len(ids[t]):
+        if not isinstance(line, list | tuple) or len(line) != len(ids[t]):
             raise ValueError(
                 f"field 'logprobs[{t}]': expected {len(ids[t])} numbers, one a token, got "
                 f"{line!r:.80}"
@@ -364,6 +377,7 @@ def _tokens(
 
 @contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    _refuse_unless_file(path)
     with path.open("rb") as raw:
         start = raw.read(2)
         raw.seek(0)
@@ -375,12 +389,23 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
             yield raw
 
 
+def _refuse_unless_file(path: Path) -> None:
+    if path.is_dir():
+        inside = path / "transcripts.jsonl"
+        hint = f"its log is {inside}" if inside.is_file() else "give the log in it"
+        raise LogError(f"{path} is a folder; {hint}.")
+    if path.exists() and not path.is_file():
+        raise LogError(
+            f"{path} is a pipe or a device, and a log is read more than once; write it to a file."
+        )
+
+
 @contextmanager
 def _compressed(raw: io.BufferedWriter, path: Path) -> Iterator[io.BufferedIOBase]:
     if path.suffix != ".gz":
         yield raw
         return
-    # No name and no time inside: the same trajectories give the same bytes.
+    # No name and no time inside: the same dialogues give the same bytes.
     with gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as lines:
         yield lines
 
@@ -389,54 +414,85 @@ def _compressed(raw: io.BufferedWriter, path: Path) -> Iterator[io.BufferedIOBas
 
 
 def split_by_persona(
-    trajectories: Iterable[Trajectory], test_share: float = 0.2, seed: int = 0
-) -> tuple[list[Trajectory], list[Trajectory]]:
+    dialogues: Iterable[LoggedDialogue], test_share: float = 0.2, seed: int = 0
+) -> tuple[list[LoggedDialogue], list[LoggedDialogue]]:
     """Return (train, test) such that no persona and no dialogue is on both sides.
 
-    A persona goes by its id and by what the agent was told: one id with two texts is one persona,
-    and so is one text with two ids. Personas that share a dialogue stay together. What is told to
-    the agent in no system message and has no persona id goes by its group. Dialogues that agree
-    word by word stay together, those of one exchange excepted, which do so by chance.
+    A persona goes by its id; without one, by what the agent was told in a system message; without
+    either, by its group. Personas that share a dialogue stay together, and so do dialogues that
+    agree word by word, those of one exchange excepted, which do so by chance.
 
     Args:
-        trajectories: all of them.
-        test_share: about this share of the trajectories is for testing: as near as whole personas
+        dialogues: all of them.
+        test_share: about this share of the dialogues is for testing: as near as whole personas
             allow, and never further away than the largest of them is large.
         seed: which.
 
     Raises:
         ValueError: if they cannot be split, because all belong together; names what they share.
     """
-    everything = list(trajectories)
+    everything = list(dialogues)
+    is_test = _test_side(everything, test_share, seed)
+    train = [dialogue for dialogue, test in zip(everything, is_test, strict=True) if not test]
+    test = [dialogue for dialogue, test in zip(everything, is_test, strict=True) if test]
+    return train, test
+
+
+def split_log(
+    path: str | Path,
+    train: str | Path,
+    test: str | Path,
+    test_share: float = 0.2,
+    seed: int = 0,
+) -> tuple[int, int]:
+    """Write a log as two, split as by `split_by_persona`; return how many dialogues each has.
+
+    The log is streamed.
+
+    Raises:
+        LogError: as `read_log`.
+        ValueError: as `split_by_persona`, or if an output is the log itself.
+    """
+    if len({Path(each).resolve() for each in (path, train, test)}) < 3:
+        raise ValueError(f"The log and its two parts are three files, got {path}, {train}, {test}.")
+    is_test = _test_side(read_log(path), test_share, seed)
+    numbers = [
+        write_log(out, (d for d, test in zip(read_log(path), is_test, strict=True) if test == side))
+        for out, side in ((train, False), (test, True))
+    ]
+    return numbers[0], numbers[1]
+
+
+def _test_side(dialogues: Iterable[LoggedDialogue], test_share: float, seed: int) -> list[bool]:
+    """Return whether each is for testing."""
     if not 0 < test_share < 1:
         raise ValueError(f"test_share lies between 0 and 1, got {test_share}.")
-    clusters = _clusters(everything)
+    marks = [_marks(dialogue) for dialogue in dialogues]
+    clusters = _clusters(marks)
     sizes = Counter(clusters)
     if len(sizes) < 2:
-        raise ValueError(_why_one_cluster(everything))
-    wanted, number = test_share * len(everything), 0
+        raise ValueError(_why_one_cluster(marks))
+    wanted, number = test_share * len(marks), 0
     held_out: set[int] = set()
     for cluster in np.random.default_rng(seed).permutation(sorted(sizes)).tolist():
         larger = number + sizes[cluster]
-        if larger < len(everything) and abs(larger - wanted) < abs(number - wanted):
+        if larger < len(marks) and abs(larger - wanted) < abs(number - wanted):
             held_out.add(cluster)
             number = larger
     if not held_out:
         held_out.add(min(sizes, key=lambda cluster: (sizes[cluster], cluster)))
-    train = [t for t, c in zip(everything, clusters, strict=True) if c not in held_out]
-    test = [t for t, c in zip(everything, clusters, strict=True) if c in held_out]
-    return train, test
+    return [cluster in held_out for cluster in clusters]
 
 
-def refuse_leaks(train: Iterable[Trajectory], test: Iterable[Trajectory]) -> None:
+def refuse_leaks(train: Iterable[LoggedDialogue], test: Iterable[LoggedDialogue]) -> None:
     """Check that no persona, dialogue or text is on both sides.
 
     Raises:
         LogError: names what is.
     """
-    seen = {mark for trajectory in train for mark in _marks(trajectory)}
-    for trajectory in test:
-        for mark, name in _marks(trajectory).items():
+    seen = {mark for dialogue in train for mark in _marks(dialogue)}
+    for dialogue in test:
+        for mark, name in _marks(dialogue).items():
             if mark in seen:
                 raise LogError(
                     f"Training and test data share {name}; split by persona "
@@ -444,45 +500,43 @@ def refuse_leaks(train: Iterable[Trajectory], test: Iterable[Trajectory]) -> Non
                 )
 
 
-def _marks(trajectory: Trajectory) -> dict[str, str]:
+def _marks(dialogue: LoggedDialogue) -> dict[str, str]:
     """Return what may be on one side of a split only: mark -> how to name it."""
     marks = {}
-    if trajectory.persona:
-        marks[f"persona {trajectory.persona}"] = f"the persona {trajectory.persona!r}"
-    if trajectory.dialogue:
-        marks[f"dialogue {trajectory.dialogue}"] = f"the dialogue {trajectory.dialogue!r}"
-    told = trajectory.messages[0] if trajectory.messages[0]["role"] == "system" else None
-    if told is not None:
-        named = f" (of persona {trajectory.persona!r})" if trajectory.persona else ""
-        text = told["content"]
-        marks[f"told {_digest(text)}"] = f"the persona text {text[:60]!r}{named}"
-    nameless = told is None and not trajectory.persona
-    if nameless and trajectory.group is not None:
-        marks[f"group {trajectory.group}"] = f"the group {trajectory.group!r}"
+    told = dialogue.messages[0] if dialogue.messages[0]["role"] == "system" else None
+    # What a persona with an id is told may be the same for all, about manners, say.
+    if dialogue.persona:
+        marks[f"persona {dialogue.persona}"] = f"the persona {dialogue.persona!r}"
+    elif told is not None:
+        marks[f"told {_digest(told['content'])}"] = f"the persona text {told['content'][:60]!r}"
+    elif dialogue.group is not None:
+        marks[f"group {dialogue.group}"] = f"the group {dialogue.group!r}"
+    if dialogue.dialogue:
+        marks[f"dialogue {dialogue.dialogue}"] = f"the dialogue {dialogue.dialogue!r}"
     # Without roles: seen by its other speaker, a dialogue is the same. A greeting and its answer
     # are the same by chance.
-    said = [message["content"] for message in trajectory.messages if message is not told]
+    said = [message["content"] for message in dialogue.messages if message is not told]
+    nameless = told is None and not dialogue.persona
     if nameless or len(said) > 2:
         marks[f"said {_digest(json.dumps(said))}"] = f"a dialogue, word by word ({said[0][:60]!r})"
     return marks
 
 
-def _why_one_cluster(trajectories: Sequence[Trajectory]) -> str:
-    if not trajectories:
-        return "There are no trajectories to split."
-    marks = [_marks(trajectory) for trajectory in trajectories]
+def _why_one_cluster(marks: Sequence[Mapping[str, str]]) -> str:
+    if not marks:
+        return "There are no dialogues to split."
     shared, number = Counter(mark for each in marks for mark in each).most_common(1)[0]
     name = next(each[shared] for each in marks if shared in each)
     return (
-        f"All {len(trajectories)} trajectories belong together and cannot be split: {number} of "
-        f"them share {name}. Log personas under ids of their own; leave out a system message that "
-        "is the same for all, it tells no persona."
+        f"All {len(marks)} dialogues belong together and cannot be split: {number} of them share "
+        f"{name}. Give personas ids of their own (field 'persona'); then what they are told may be "
+        "the same."
     )
 
 
-def _clusters(trajectories: Sequence[Trajectory]) -> list[int]:
-    """Return a number for each trajectory; those that share a mark, if by way of others, agree."""
-    leader = list(range(len(trajectories)))
+def _clusters(marks: Sequence[Iterable[str]]) -> list[int]:
+    """Return a number for each dialogue; those that share a mark, if by way of others, agree."""
+    leader = list(range(len(marks)))
 
     def find(i: int) -> int:
         while leader[i] != i:
@@ -491,10 +545,10 @@ def _clusters(trajectories: Sequence[Trajectory]) -> list[int]:
         return i
 
     first: dict[str, int] = {}
-    for i, trajectory in enumerate(trajectories):
-        for mark in _marks(trajectory):
+    for i, own in enumerate(marks):
+        for mark in own:
             leader[find(i)] = find(first.setdefault(mark, i))
-    return [find(i) for i in range(len(trajectories))]
+    return [find(i) for i in range(len(marks))]
 
 
 def _digest(text: str) -> str:
@@ -541,8 +595,8 @@ def decompose(
 _REST = "rest_json"
 
 
-def to_dataset(trajectories: Iterable[Trajectory]) -> Any:
-    """Return a datasets.Dataset with one row a trajectory and one column a field.
+def to_dataset(dialogues: Iterable[LoggedDialogue]) -> Any:
+    """Return a datasets.Dataset with one row a dialogue and one column a field.
 
     A column has one type in all rows. What has not, and all fields that this module does not know,
     is JSON text in the column "rest_json"; `from_dataset` puts it back.
@@ -556,38 +610,38 @@ def to_dataset(trajectories: Iterable[Trajectory]) -> Any:
     except ImportError as error:
         raise ImportError("Datasets need the package datasets: pip install datasets.") from error
     try:
-        return datasets.Dataset.from_list(_rows(trajectories))
+        return datasets.Dataset.from_list(_rows(dialogues))
     except UnicodeEncodeError as error:
         raise LogError(
             f"A text holds a lone surrogate, which Arrow cannot carry ({error})."
         ) from error
 
 
-def from_dataset(dataset: Any) -> Iterator[Trajectory]:
-    """Yield the trajectories of a datasets.Dataset that has the fields of a log as columns.
+def from_dataset(dataset: Any) -> Iterator[LoggedDialogue]:
+    """Yield the dialogues of a datasets.Dataset that has the fields of a log as columns.
 
     Raises:
         LogError: names row and field; all rows before it have been yielded.
     """
     for number, row in enumerate(dataset):
         try:
-            yield parse_trajectory(_record_of(row))
+            yield parse_dialogue(_record_of(row))
         except (ValueError, RecursionError) as error:
             raise LogError(f"row {number}, {error}.") from error
 
 
-def _rows(trajectories: Iterable[Trajectory]) -> list[dict[str, Any]]:
+def _rows(dialogues: Iterable[LoggedDialogue]) -> list[dict[str, Any]]:
     """Return flat records with the same fields, each of one type."""
-    everything = list(trajectories)
+    everything = list(dialogues)
     kinds = {type(t.group) for t in everything if t.group is not None}
     plain_groups = len(kinds) < 2 and not any(
         isinstance(t.group, int) and abs(t.group) >= 2**63 for t in everything
     )
     rows = []
-    for trajectory in everything:
-        row = trajectory.record()
-        rest = {name: row.pop(name) for name in trajectory.extra}
-        if not plain_groups and trajectory.group is not None:
+    for dialogue in everything:
+        row = dialogue.record()
+        rest = {name: row.pop(name) for name in dialogue.extra}
+        if not plain_groups and dialogue.group is not None:
             rest["group"] = row.pop("group")
         more = [{k: v for k, v in m.items() if k not in _MESSAGE} for m in row["messages"]]
         if any(more):

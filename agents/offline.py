@@ -15,17 +15,15 @@ the turn itself and not for the turns that led to it.
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,93 +32,50 @@ from accelerate.utils import gather_object
 from gymnasium.vector import SyncVectorEnv
 from tqdm.auto import tqdm
 
-from .credit import Credit, advantages, credit_weights, partial_returns
+from .batching import Log, LogReader, batches, group_numbers, shuffled, units
+from .credit import Credit, Segment, credit_weights
 from .lm_policy import LMPolicy, Reference
-from .logs import LogError, Trajectory, read_log, refuse_leaks
+from .logs import LogError, LoggedDialogue, refuse_leaks
 from .losses import kl_to_reference, policy_gradient_loss, turn_logprobs
+from .offline_settings import OfflineSettings
 from .optimization import Optimization, Step
-from .reading import read_dialogues, usable_ids
+from .reading import read_dialogues, refuse_unreadable, stored_ids
 from .rollout import RolloutBatch
 from .scoring import microbatches
 from .tape import Tape
-
-Log = str | Path | Sequence[Trajectory]
-"""A file of agents.logs, read anew in every epoch, or trajectories in memory."""
+from .validation import Validation
+from .weighting import Survey, TurnWeights, effective_share, rewards_of, survey
 
 
 @dataclass(frozen=True)
-class OfflineSettings:
-    """How to learn from logs."""
+class _Plan:
+    """What is learned from and how, checked."""
 
-    method: Literal["ppg", "sft", "filtered"] = "ppg"
-    """Weights: "ppg" partial returns; "sft" 1 for every line; "filtered" 1 for the lines of the
-    best dialogues, else 0 (filtered behaviour cloning)."""
-    epochs: int = 1
-    """Passes over the log."""
-    max_steps: int | None = None
-    """Gradient steps after which learning ends, in the midst of an epoch if need be; the learning
-    rate's schedule ends with them. None = those of all epochs."""
-    batch_size: int = 32
-    """Dialogues in a gradient step, over all processes."""
-    baseline: str = "none"
-    """Subtracted from partial returns: "none", "log_mean" (of each turn, over the log), or over the
-    gradient step "batch_mean", "leave_one_out", "group_mean". With the last two, dialogues of a
-    group that follow each other in the log stay together; let groups divide batch_size."""
-    min_weight: float | None = 0.0
-    """Smaller weights are raised to it; None, or a number below 0, leaves negative ones, which need
-    an anchor."""
-    max_weight: float | None = None
-    """Larger weights are lowered to it; None = none are."""
-    importance: bool = False
-    """Multiply weights with importance ratios; needs logged log-probabilities."""
-    max_importance: float = 5.0
-    """Larger ratios are lowered to it."""
-    min_ess: float = 0.1
-    """Warn once when the effective sample size falls below this share of a step's turns."""
-    sft_coef: float = 0.0
-    """Weight of the plain log-likelihood of all logged lines: an anchor, where no weight is more
-    negative than this is positive."""
-    top_share: float = 0.25
-    """Of the dialogues with a score, by mean reward, that "filtered" imitates; rounded up, and all
-    that are as good as the last of them."""
-    patience: int | None = None
-    """Epochs without a better validation loss after which learning stops; None = all epochs."""
-    shuffle: int = 1024
-    """Dialogues in memory from which the next one is drawn; 0 = the log's order."""
-    tokenise_again: bool = False
-    """Use texts where logged ids belong to another tokenizer, instead of refusing."""
+    settings: OfflineSettings
+    log: LogReader
+    validation: LogReader | None
+    weights: TurnWeights
+    num_turns: int
+    """Of the longest dialogue of both logs."""
+    steps_an_epoch: int
 
-    def __post_init__(self) -> None:
-        if self.method not in ("ppg", "sft", "filtered"):
-            raise ValueError(f"method is 'ppg', 'sft' or 'filtered', got {self.method!r}.")
-        known = ("none", "log_mean", "batch_mean", "leave_one_out", "group_mean")
-        if self.baseline not in known:
-            raise ValueError(f"Unknown baseline {self.baseline!r}; there are {', '.join(known)}.")
-        whole = {"epochs": 1, "batch_size": 1, "max_steps": 1, "patience": 1, "shuffle": 0}
-        for name, least in whole.items():
-            number = getattr(self, name)
-            if number is None and name in ("max_steps", "patience"):
-                continue
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ValueError(
-                    f"{name} must be a whole number of at least {least}, got {number!r}."
-                )
-        low = -math.inf if self.min_weight is None else self.min_weight
-        high = math.inf if self.max_weight is None else self.max_weight
-        if not low <= high:
-            raise ValueError(
-                "min_weight must not be above max_weight, got "
-                f"{self.min_weight} and {self.max_weight}."
-            )
-        if not 0 < self.top_share <= 1 or not 0 <= self.min_ess <= 1:
-            raise ValueError(
-                f"top_share and min_ess are shares, got {self.top_share} and {self.min_ess}."
-            )
-        if not self.max_importance > 0 or not self.sft_coef >= 0:
-            raise ValueError(
-                "max_importance must be positive and sft_coef not negative, got "
-                f"{self.max_importance} and {self.sft_coef}."
-            )
+    @property
+    def num_steps(self) -> int:
+        """Gradient steps of all epochs, if nothing stops learning before."""
+        steps = self.settings.epochs * self.steps_an_epoch
+        return min(steps, self.settings.max_steps or steps)
+
+    def steps(self, seed: int) -> Iterator[tuple[int, bool, list[LoggedDialogue]]]:
+        """Yield (epoch, whether it ends here, dialogues) of each gradient step."""
+        size, settings, done = self.settings.batch_size, self.settings, 0
+        for epoch in range(1, settings.epochs + 1):
+            each = units(self.log, settings.keeps_groups, size)
+            in_order = shuffled(each, settings.shuffle, [seed, epoch - 1])
+            for batch in batches(in_order, size):
+                if done == self.num_steps:
+                    return
+                done += 1
+                yield epoch, done % self.steps_an_epoch == 0 or done == self.num_steps, batch
 
 
 @dataclass(frozen=True)
@@ -169,7 +124,7 @@ class LearnsOffline(ABC):
         Raises:
             LogError, TypeError, ValueError: as `learn_offline`.
         """
-        self._checked(log, validation, settings)
+        self._plan(log, validation, OfflineSettings.of(settings))
 
     def learn_offline(
         self,
@@ -183,129 +138,189 @@ class LearnsOffline(ABC):
         """Learn from logged dialogues with this agent's credit.
 
         Every gradient step appends a row to `history`; the last of an epoch also has
-        `offline/validation_loss`. With `patience` the weights of the best epoch are kept. Of the
-        agent's own settings count those of the gradient step (learning_rate, lr_schedule, kl_coef,
-        max_grad_norm, skip_grad_norm, max_skips, token_budget) and `scale`; the others are about
-        playing.
+        `offline/validation_loss`, see validation.py. With `patience` the weights of the best epoch
+        are kept, and `offline/best_epoch` tells which. Of the agent's own settings count those of
+        the gradient step (learning_rate, lr_schedule, kl_coef, max_grad_norm, skip_grad_norm,
+        max_skips, token_budget) and `scale`; the others are about playing.
 
         Args:
-            log: a log file (streamed: it may be larger than memory) or trajectories.
+            log: a log file (streamed: it may be larger than memory) or dialogues.
             validation: of other personas; checked for leaks.
             callback: called after every gradient step; returning False stops.
             progress_bar: show one.
             settings: fields of OfflineSettings.
 
         Raises:
-            LogError: the log cannot be used, or shares personas or dialogues with `validation`.
+            LogError: the log cannot be used, gives no turn a weight, shares personas or dialogues
+                with `validation`, or changes while it is read.
             TypeError: an unknown setting, or a log that can be read only once.
             ValueError: settings that do not fit each other or the log.
             DivergedError: `max_skips` gradients in a row were no use; holds the batch.
         """
-        how, facts, watched = self._checked(log, validation, settings)
+        plan = self._plan(log, validation, OfflineSettings.of(settings))
+        watch = None
+        if plan.validation is not None:
+            watch = Validation(
+                plan.validation,
+                plan.settings,
+                plan.weights,
+                partial(self._turn_logprobs, settings=plan.settings),
+            )
+        patience, skipped_before = plan.settings.patience, self.optimization.num_skipped
         best: _Best | None = None
-        steps_an_epoch = -(-facts.num_dialogues // how.batch_size)
-        steps, done, going_on = how.epochs * steps_an_epoch, 0, True
-        steps = steps if how.max_steps is None else min(steps, how.max_steps)
+        done, weighed = 0, False
         shown = progress_bar and self.processes.is_main_process
-        with tqdm(total=steps, unit="step", disable=not shown) as bar:
-            for epoch in range(how.epochs):
-                dropped = 1.0
-                for batch in _batches(_in_order(log, how, [self.seed, epoch]), how.batch_size):
-                    self._set_learning_rate(1.0 - done / steps)
-                    read, tape = self._offline_step(batch, how, facts, epoch)
-                    done += 1
-                    dropped = min(dropped, self.log["offline/dropped_turns"])
-                    if done % steps_an_epoch == 0:
-                        self._refuse_unread(dropped)
-                        if validation is not None and watched is not None:
-                            self.log["offline/validation_loss"] = self._loss(
-                                validation, how, watched
-                            )
-                        if how.patience is not None:
-                            best = self._better(best, self.log["offline/validation_loss"], epoch)
-                    bar.update()
-                    bar.set_postfix(loss=f"{self.log['train/policy_loss']:.3f}")
-                    going_on = callback is None or callback(self) is not False
-                    going_on = going_on and done < steps
-                    if not going_on:
-                        break
-                    if self._skips_in_a_row >= self.settings["max_skips"]:
-                        self._stop_if_diverged(_as_rollouts(read, tape, facts.num_turns))
-                if best is not None and how.patience is not None:
-                    going_on = going_on and epoch - best.epoch < how.patience
-                if not going_on:
+        with tqdm(total=plan.num_steps, unit="step", disable=not shown) as bar:
+            for epoch, ends, batch in plan.steps(self.seed):
+                self._set_learning_rate(1.0 - done / plan.num_steps)
+                weight_BT = plan.weights.of(batch)
+                read, tape = self._offline_step(batch, weight_BT, plan.settings, epoch)
+                done, weighed = done + 1, weighed or bool(weight_BT.any())
+                if ends and not weighed:
+                    raise LogError(_why_nothing_is_learned(plan))
+                if ends and watch is not None:
+                    self.log.update(watch.measure())
+                    if patience is not None:
+                        best = self._better(best, self.log["offline/validation_loss"], epoch)
+                        self.log["offline/best_epoch"] = best.epoch
+                bar.update()
+                bar.set_postfix(loss=f"{self.log['train/policy_loss']:.3f}")
+                if callback is not None and callback(self) is False:
                     break
+                if ends and best is not None and epoch - best.epoch >= (patience or math.inf):
+                    break
+                if self._skips_in_a_row >= self.settings["max_skips"]:
+                    self._stop_if_diverged(_as_rollouts(read, tape, plan.num_turns))
         if best is not None:
             self._go_back(best)
+        self._warn_if_all_skipped(self.optimization.num_skipped - skipped_before, done)
         return self
 
-    def _checked(
-        self, log: Log, validation: Log | None, settings: dict[str, Any]
-    ) -> tuple[OfflineSettings, _Facts, _Facts | None]:
-        """Return the settings and what the logs told; refuse what cannot be learned from."""
-        how = _settings(settings)
-        facts = self._survey(log, how)
-        watched = None if validation is None else self._survey(validation, how)
-        self._refuse_unusable(how, facts, watched)
-        if validation is not None:
-            refuse_leaks(_stream(log), _stream(validation))
-        return how, facts, watched
+    def offline_loss(self, log: Log, **settings: Any) -> float:
+        """Return the loss of the objective on a log, -(1/B) sum_b sum_t w[b,t] log pi(a_t|h_t).
 
-    def _better(self, best: _Best | None, loss: float, epoch: int) -> _Best:
-        """Return the best epoch so far, with the weights it left."""
-        loss = math.inf if math.isnan(loss) else loss
-        if best is not None and loss >= best.loss:
-            return best
-        weights = {name: value.detach().clone() for name, value in self._learned().items()}
-        tensors, numbers = self.optimization.state()
-        masters = {name: value.detach().clone() for name, value in tensors.items()}
-        return _Best(epoch, loss, weights, (masters, copy.deepcopy(numbers)))
-
-    @torch.no_grad()
-    def _go_back(self, best: _Best) -> None:
-        for name, value in self._learned().items():
-            value.copy_(best.weights[name])
-        self.optimization.restore(*best.optimizer)
-
-    def offline_loss(self, log: Log, how: OfflineSettings | None = None) -> float:
-        """Return -(1/B) sum_b sum_t w[b,t] log pi(a_t|h_t) of a log, without baseline and anchor.
+        Without anchors and importance ratios. (The validation loss is another number.)
 
         Args:
             log: whose dialogues; all processes read all of them.
-            how: the method, and how weights are clipped.
+            settings: fields of OfflineSettings, as of `learn_offline`.
         """
-        how = how or OfflineSettings()
-        return self._loss(log, how, self._survey(log, how))
+        chosen, reader = OfflineSettings.of(settings), LogReader(log)
+        found = survey(self._readable(reader, chosen))
+        weights = TurnWeights(chosen, self._credit_matrix(found.num_turns), found)
+        loss = 0.0
+        for batch in batches(reader, chosen.batch_size):
+            now_BT, _ = self._turn_logprobs(batch, chosen)
+            loss -= float(np.nansum(weights.of(batch)[:, : now_BT.shape[1]] * now_BT))
+        return loss / found.num_dialogues
 
-    @torch.no_grad()
-    def _loss(self, log: Log, how: OfflineSettings, facts: _Facts) -> float:
-        """Return the loss of a log that has been surveyed."""
-        total, number = 0.0, 0
-        for batch in _batches(_stream(log), how.batch_size):
-            weight_BT = self._offline_weights(batch, how, facts, baseline=False)
-            tape = read_dialogues(self.policy, batch, how.tokenise_again)
-            for rows in microbatches(tape.length_S, self.settings["token_budget"]):
-                token_sL, turn_sL = self._tensors(tape, rows, tape.token_SL, tape.turn_SL)
-                total += policy_gradient_loss(
-                    self.policy.scores(token_sL, turn_sL).logprob_SL,
-                    _tensor(weight_BT[tape.episode_S[rows]], self.policy),
-                    turn_sL,
-                    num_episodes=1,
-                ).item()
-            number += len(batch)
-        return total / number
+    # -- before anything is learned ----------------------------------------------------------------
+
+    def _plan(self, log: Log, validation: Log | None, settings: OfflineSettings) -> _Plan:
+        """Read the logs once; refuse what cannot be learned from."""
+        reader = LogReader(log)
+        watched = None if validation is None else LogReader(validation, "validation log")
+        found = survey(self._readable(reader, settings))
+        held_out = None if watched is None else survey(self._readable(watched, settings))
+        surveys = {reader.name: found}
+        if watched is not None and held_out is not None:
+            surveys[watched.name] = held_out
+        longest = max(each.num_turns for each in surveys.values())
+        weights = TurnWeights(settings, self._credit_matrix(longest), found)
+        plan = _Plan(
+            settings,
+            reader,
+            watched,
+            weights,
+            longest,
+            steps_an_epoch=-(-found.num_dialogues // settings.batch_size),
+        )
+        self._refuse_unusable(plan, surveys)
+        if watched is not None:
+            refuse_leaks(reader, watched)
+        return plan
+
+    def _readable(self, log: LogReader, settings: OfflineSettings) -> Iterator[LoggedDialogue]:
+        """Yield the dialogues, checked one by one that the policy can learn from them."""
+        again, fits = settings.tokenise_again, False
+        for number, dialogue in enumerate(log, start=1):
+            place = f"{log.name}, dialogue {number}"
+            refuse_unreadable(self.policy, dialogue, place, again)
+            known = dialogue.logprobs is not None and stored_ids(self.policy, dialogue, again)
+            if settings.importance and not known:
+                raise LogError(
+                    f"{place}: importance=True needs logged log-probabilities, and it has none; "
+                    "learn without, or log them (ppg train does)."
+                )
+            fits = fits or len(read_dialogues(self.policy, [dialogue], again).length_S) > 0
+            yield dialogue
+        if not fits:
+            raise LogError(
+                f"No line of {log.name} fits the context of {self.policy.name} "
+                f"({self.policy.network.context_length} tokens): use a model with a longer context."
+            )
+
+    def _credit_matrix(self, num_turns: int) -> np.ndarray:
+        """Return the credit's matrix for dialogues of so many turns."""
+        world = None if self.env is None else self.env.unwrapped
+        if isinstance(world, SyncVectorEnv):
+            world = world.envs[0].unwrapped
+        phases, turns = getattr(world, "phase_boundaries", None), getattr(world, "max_turns", None)
+        follows = isinstance(self.credit, Segment) and self.credit.name == "segment"
+        if follows and phases is not None and turns not in (None, num_turns):
+            raise ValueError(
+                f"Segment() follows the phases of the environment's dialogues, of {turns} turns, "
+                f"and the longest logged one has {num_turns}: make the environment with "
+                f"max_turns={num_turns}, or take segments of N turns, segment:N."
+            )
+        return credit_weights(self.credit, num_turns, phases, scale=self.settings["scale"])
+
+    def _refuse_unusable(self, plan: _Plan, surveys: Mapping[str, Survey]) -> None:
+        settings = plan.settings
+        domains = frozenset[str]().union(*(found.domains for found in surveys.values()))
+        if len(domains) > 1:
+            raise LogError(
+                f"The logs mix the domains {', '.join(sorted(domains))}; learn from one, or "
+                "write a log of each."
+            )
+        for name, found in surveys.items():
+            if found.num_scored == 0 and settings.method != "sft":
+                raise LogError(
+                    f"No turn of {name} has a reward; score it first (ppg rejudge), or imitate it "
+                    "with method='sft'."
+                )
+            if settings.keeps_groups and not (found.has_groups and settings.batch_size > 1):
+                raise LogError(
+                    f"baseline={settings.baseline!r} needs dialogues of a group that follow each "
+                    f"other, and a batch_size above 1; {name} has no such two, or batch_size="
+                    f"{settings.batch_size}. Sort it by group, or use 'batch_mean' or 'log_mean'."
+                )
+        if settings.patience is not None and (plan.validation is None or self._layers):
+            raise ValueError(
+                f"patience={settings.patience} needs validation data to watch, and a model that is "
+                "not sharded."
+            )
+        lowest, highest = plan.weights.lowest, plan.weights.highest
+        if settings.method == "ppg" and not np.any(plan.weights.clipped([lowest, highest])):
+            raise LogError(_why_nothing_is_learned(plan))
+        self._refuse_unanchored(settings, lowest)
+
+    # -- gradient steps ----------------------------------------------------------------------------
 
     def _offline_step(
-        self, batch: Sequence[Trajectory], how: OfflineSettings, facts: _Facts, epoch: int
-    ) -> tuple[list[Trajectory], Tape]:
+        self,
+        batch: Sequence[LoggedDialogue],
+        weight_BT: np.ndarray,
+        settings: OfflineSettings,
+        epoch: int,
+    ) -> tuple[list[LoggedDialogue], Tape]:
         """Take one gradient step along these dialogues; return the share that was read here."""
         started = time.perf_counter()
-        weight_BT = self._offline_weights(batch, how, facts)
         share = range(self.processes.process_index, len(batch), self.processes.num_processes)
         # Sharded, all have to read something: without a share of its own one reads for nothing.
         mine = list(share) or ([0] if self._layers else [])
         read = [batch[b] for b in mine]
-        tape = read_dialogues(self.policy, read, how.tokenise_again)
+        tape = read_dialogues(self.policy, read, settings.tokenise_again)
         sums: dict[str, float] = defaultdict(float)
         log_ratios: list[float] = []
         self.optimization.forget()
@@ -318,7 +333,7 @@ class LearnsOffline(ABC):
         for number in range(most):
             rows = parts[min(number, len(parts) - 1)]
             loss, measured, ratios = self._offline_rows(
-                tape, rows, weight_BT[mine], how, len(batch)
+                tape, rows, weight_BT[mine], settings, len(batch)
             )
             if number >= len(parts) or not len(share):
                 self.optimization.backward(0.0 * loss)
@@ -338,7 +353,7 @@ class LearnsOffline(ABC):
         self._skips_in_a_row = self._skips_in_a_row + 1 if step.skipped else 0
 
         self.num_updates += 1
-        turns = sum(trajectory.num_turns for trajectory in batch)
+        turns = sum(dialogue.num_turns for dialogue in batch)
         self.num_timesteps += turns
         seconds = time.perf_counter() - started
         self.log = {
@@ -346,7 +361,7 @@ class LearnsOffline(ABC):
             "train/policy_loss": sums["policy_loss"],
             "train/grad_norm": step.grad_norm,
             "train/skipped_steps": float(self.optimization.num_skipped),
-            "offline/epoch": epoch + 1,
+            "offline/epoch": epoch,
             "offline/weight_mean": float(weight_BT.sum()) / turns,
             "offline/dropped_turns": 1.0 - sums["turns"] / turns,
             "time/update_seconds": seconds,
@@ -354,11 +369,11 @@ class LearnsOffline(ABC):
         }
         if self._reference is not None:
             self.log["train/kl"] = sums["kl"]
-        if how.sft_coef:
+        if settings.sft_coef:
             self.log["train/sft_loss"] = sums["sft_loss"]
-        if how.importance:
+        if settings.importance:
             self.log["offline/ess"] = effective_share(log_ratios)
-            self._warn_of_collapse(self.log["offline/ess"], how)
+            self._warn_of_collapse(self.log["offline/ess"], settings)
         self.history.append(self.log)
         return read, tape
 
@@ -367,7 +382,7 @@ class LearnsOffline(ABC):
         tape: Tape,
         rows: np.ndarray,
         weight_BT: np.ndarray,
-        how: OfflineSettings,
+        settings: OfflineSettings,
         num_episodes: int,
     ) -> tuple[torch.Tensor, dict[str, float], list[float]]:
         """Return the loss of some token sequences, sums to report, their turns' log-ratios."""
@@ -377,21 +392,21 @@ class LearnsOffline(ABC):
         weight_sT = _tensor(weight_BT[tape.episode_S[rows]], self.policy)
         logprob_sL, spoken_sL = self.policy.scores(token_sL, turn_sL).logprob_SL, turn_sL >= 0
         num_turns, log_ratios = weight_sT.shape[1], list[float]()
-        spoken_sT = turn_logprobs(spoken_sL.to(logprob_sL.dtype), turn_sL, num_turns) > 0
+        spoken_sT = _spoken(turn_sL, num_turns)
         sums = {"tokens": float(tape.length_S[rows].sum()), "turns": float(spoken_sT.sum())}
-        if how.importance:
+        if settings.importance:
             change_sL = torch.where(spoken_sL, logprob_sL.detach() - old_sL, 0.0)
             log_ratio_sT = turn_logprobs(change_sL, turn_sL, num_turns)
             log_ratios = log_ratio_sT[spoken_sT].tolist()
-            ratio_sT = log_ratio_sT.clamp(max=math.log(how.max_importance)).exp()
+            ratio_sT = log_ratio_sT.clamp(max=math.log(settings.max_importance)).exp()
             weight_sT = weight_sT * ratio_sT
         loss = policy_gradient_loss(logprob_sL, weight_sT, turn_sL, num_episodes=num_episodes)
         sums["policy_loss"] = loss.item()
-        if how.sft_coef:
+        if settings.sft_coef:
             ones_sT = torch.ones_like(weight_sT)
             sft = policy_gradient_loss(logprob_sL, ones_sT, turn_sL, num_episodes=num_episodes)
             sums["sft_loss"] = sft.item()
-            loss = loss + how.sft_coef * sft
+            loss = loss + settings.sft_coef * sft
         if self._reference is not None:
             reference_sL = self._reference.logprobs(token_sL, spoken_sL)
             kl = kl_to_reference(logprob_sL, reference_sL, spoken_sL, num_episodes=num_episodes)
@@ -404,143 +419,62 @@ class LearnsOffline(ABC):
         longest = int(tape.length_S[rows].max())
         return [torch.as_tensor(a[rows, :longest], device=self.policy.device) for a in arrays]
 
-    # -- weights -----------------------------------------------------------------------------------
-
-    def _weights_of(self, num_turns: int) -> np.ndarray:
-        """Return the credit's matrix for dialogues of so many turns, scaled as online."""
-        plain = None if self.env is None else self.env.unwrapped
-        if isinstance(plain, SyncVectorEnv):
-            plain = plain.envs[0].unwrapped
-        longest = max(num_turns, int(getattr(plain, "max_turns", 0)))
-        phases = getattr(plain, "phase_boundaries", None)
-        return credit_weights(self.credit, longest, phases, scale=self.settings["scale"])[
-            :num_turns, :num_turns
-        ]
-
-    def _offline_weights(
-        self,
-        batch: Sequence[Trajectory],
-        how: OfflineSettings,
-        facts: _Facts,
-        baseline: bool = True,
-    ) -> np.ndarray:
-        """Return weight_BT, 0 for turns that did not take place or that nobody could score."""
-        reward_BT, alive_BT = _rewards(batch, facts.num_turns)
-        scorable_BT = ~np.isnan(reward_BT)
-        if how.method != "ppg":
-            chosen_BT = alive_BT
-            if how.method == "filtered":
-                means = np.array([_mean_reward(trajectory) for trajectory in batch])
-                chosen_BT = alive_BT & (means >= facts.threshold)[:, None]
-            return chosen_BT.astype(np.float64)
-        return_BT = partial_returns(reward_BT, facts.weight_TT, alive_BT)
-        name = how.baseline if baseline else "none"
-        if name == "log_mean":
-            return_BT, name = return_BT - facts.mean_return_T, "none"
-        weight_BT = advantages(
-            return_BT,
-            baseline=name,
-            group_B=_group_numbers(batch),
-            alive_BT=alive_BT,
-            scorable_BT=scorable_BT,
-        )
-        clipped_BT = (
-            np.clip(weight_BT, how.min_weight, how.max_weight)
-            if (how.min_weight is not None or how.max_weight is not None)
-            else weight_BT
-        )
-        return np.where(alive_BT & scorable_BT, clipped_BT, 0.0)
-
-    def _survey(self, log: Log, how: OfflineSettings) -> _Facts:
-        """Read the log once; what is kept of a dialogue is a few numbers."""
-        rewards: list[np.ndarray] = []
-        domains: set[str] = set()
-        groups: dict[tuple[str, Any], int] = defaultdict(int)
-        without_logprobs = None
-        for number, trajectory in enumerate(_stream(log)):
-            if not isinstance(trajectory, Trajectory):
-                raise TypeError(
-                    f"A log holds what agents.logs reads, got a {type(trajectory).__name__}; make "
-                    "it with parse_trajectory, those of a dataset with from_dataset."
-                )
-            ids = usable_ids(self.policy, trajectory, how.tokenise_again)
-            rewards.append(trajectory.reward_T.astype(np.float32))
-            domains.add(trajectory.domain)
-            groups[_group_key(number, trajectory)] += 1
-            if without_logprobs is None and (ids is None or trajectory.logprobs is None):
-                without_logprobs = trajectory.persona
-        if not rewards:
-            raise LogError("The log holds no trajectories.")
-        num_turns = max(map(len, rewards))
-        weight_TT = self._weights_of(num_turns)
-        scored = np.concatenate(rewards)
-        mean_return_T, lowest_weight = _bounds(rewards, weight_TT, how.baseline)
-        return _Facts(
-            num_dialogues=len(rewards),
-            num_turns=num_turns,
-            num_scored=int((~np.isnan(scored)).sum()),
-            domains=frozenset(domains - {""}),
-            has_groups=any(number > 1 for number in groups.values()),
-            without_logprobs=without_logprobs,
-            weight_TT=weight_TT,
-            mean_return_T=mean_return_T,
-            lowest_weight=lowest_weight,
-            threshold=_threshold(rewards, how.top_share),
-        )
-
-    def _refuse_unusable(self, how: OfflineSettings, facts: _Facts, watched: _Facts | None) -> None:
-        """Refuse what cannot be learned from, before anything is; `watched`: validation data."""
-        domains = facts.domains | (watched.domains if watched is not None else frozenset())
-        if len(domains) > 1:
-            raise LogError(
-                f"The logs mix the domains {', '.join(sorted(domains))}; learn from one, or "
-                "write a log of each."
+    @torch.no_grad()
+    def _turn_logprobs(
+        self, batch: Sequence[LoggedDialogue], settings: OfflineSettings
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (now_BT, logged_BT), log pi(a_t|h_t) now and as logged; NaN for unread turns."""
+        tape = read_dialogues(self.policy, batch, settings.tokenise_again)
+        num_turns = max(dialogue.num_turns for dialogue in batch)
+        now_BT, logged_BT = np.full((2, len(batch), num_turns), np.nan, dtype=np.float32)
+        for rows in microbatches(tape.length_S, self.settings["token_budget"]):
+            token_sL, turn_sL, old_sL = self._tensors(
+                tape, rows, tape.token_SL, tape.turn_SL, tape.old_logprob_SL
             )
-        for which, found in (("log", facts), ("validation log", watched)):
-            if found is not None and found.num_scored == 0 and how.method != "sft":
-                raise LogError(
-                    f"No turn of the {which} has a reward; score it first (ppg rejudge), or "
-                    "imitate it with method='sft'."
-                )
-        if how.importance and facts.without_logprobs is not None:
-            raise LogError(
-                f"importance=True needs logged log-probabilities, and a dialogue of persona "
-                f"{facts.without_logprobs!r} has none; learn without, or log them (ppg train does)."
-            )
-        if how.patience is not None and (watched is None or self._layers):
+            logprob_sL = self.policy.scores(token_sL, turn_sL).logprob_SL
+            row_N, turn_N = np.nonzero(_spoken(turn_sL, num_turns).cpu().numpy())
+            for value_sL, found_BT in ((logprob_sL, now_BT), (old_sL, logged_BT)):
+                value_sT = turn_logprobs(value_sL, turn_sL, num_turns).cpu().numpy()
+                found_BT[tape.episode_S[rows][row_N], turn_N] = value_sT[row_N, turn_N]
+        return now_BT, logged_BT
+
+    # -- the best epoch, and what went wrong -------------------------------------------------------
+
+    def _better(self, best: _Best | None, loss: float, epoch: int) -> _Best:
+        """Return the best epoch so far, with the weights it left."""
+        loss = math.inf if math.isnan(loss) else loss
+        if best is not None and loss >= best.loss:
+            return best
+        weights = {name: value.detach().clone() for name, value in self._learned().items()}
+        tensors, numbers = self.optimization.state()
+        masters = {name: value.detach().clone() for name, value in tensors.items()}
+        return _Best(epoch, loss, weights, (masters, copy.deepcopy(numbers)))
+
+    @torch.no_grad()
+    def _go_back(self, best: _Best) -> None:
+        for name, value in self._learned().items():
+            value.copy_(best.weights[name])
+        self.optimization.restore(*best.optimizer)
+
+    def _learned(self) -> dict[str, torch.Tensor]:
+        """Return the parameters that learn, by name."""
+        parameters = self.policy.model.named_parameters()
+        return {name: value for name, value in parameters if value.requires_grad}
+
+    def _refuse_unanchored(self, settings: OfflineSettings, lowest: float) -> None:
+        if settings.min_weight is not None:
+            lowest = max(lowest, settings.min_weight)
+        anchored = self._reference is not None or settings.sft_coef >= -lowest - 1e-6
+        if settings.method == "ppg" and not anchored:
             raise ValueError(
-                f"patience={how.patience} needs validation data to watch, and a model that is not "
-                "sharded."
-            )
-        if how.baseline in ("leave_one_out", "group_mean") and not facts.has_groups:
-            raise LogError(
-                f"baseline={how.baseline!r} needs several dialogues a group, and the log has none; "
-                "use 'batch_mean' or 'log_mean'."
-            )
-        self._refuse_unanchored(how, facts.lowest_weight)
-
-    def _refuse_unanchored(self, how: OfflineSettings, lowest: float) -> None:
-        if how.min_weight is not None:
-            lowest = max(lowest, how.min_weight)
-        anchored = self._reference is not None or how.sft_coef >= -lowest - 1e-6
-        if how.method == "ppg" and not anchored:
-            raise ValueError(
-                f"min_weight={how.min_weight} leaves weights down to {lowest:.3g}, and a "
+                f"min_weight={settings.min_weight} leaves weights down to {lowest:.3g}, and a "
                 "negatively weighted likelihood has no bound: the model would be driven to say "
                 "anything else. Anchor it with kl_coef, or with an sft_coef that outweighs them "
-                f"(now {how.sft_coef:g}), or clip weights with min_weight=0."
+                f"(now {settings.sft_coef:g}), or clip weights with min_weight=0."
             )
 
-    def _refuse_unread(self, dropped: float) -> None:
-        if dropped < 1.0:
-            return
-        raise LogError(
-            f"No line of the log fits the context of {self.policy.name} "
-            f"({self.policy.network.context_length} tokens): use a model with a longer context."
-        )
-
-    def _warn_of_collapse(self, share: float, how: OfflineSettings) -> None:
-        if share >= how.min_ess or any("offline/ess_warned" in row for row in self.history):
+    def _warn_of_collapse(self, share: float, settings: OfflineSettings) -> None:
+        if share >= settings.min_ess or any("offline/ess_warned" in row for row in self.history):
             return
         self.log["offline/ess_warned"] = 1.0
         warnings.warn(
@@ -551,210 +485,52 @@ class LearnsOffline(ABC):
             stacklevel=3,
         )
 
-    def _learned(self) -> dict[str, torch.Tensor]:
-        """Return the parameters that learn, by name."""
-        parameters = self.policy.model.named_parameters()
-        return {name: value for name, value in parameters if value.requires_grad}
+    def _warn_if_all_skipped(self, skipped: int, steps: int) -> None:
+        if steps and skipped == steps:
+            warnings.warn(
+                f"Nothing was learned: all {steps} gradients were skipped, not finite or above "
+                f"skip_grad_norm={self.settings['skip_grad_norm']:g} (last norm "
+                f"{self.log['train/grad_norm']:g}). Lower learning_rate, use dtype float32, or "
+                "look at the rewards.",
+                stacklevel=3,
+            )
 
 
-def effective_share(log_ratios: Sequence[float]) -> float:
-    """Return the effective sample size of importance ratios as a share of their number.
-
-        (sum w)^2 / sum w^2 / n,   1 if all are alike, 1/n if one outweighs all others
-
-    Source: Kong, A note on importance sampling using standardized weights, 1992.
-    """
-    if not len(log_ratios):
-        return 1.0
-    log_N = np.asarray(log_ratios, dtype=np.float64)
-    ratio_N = np.exp(log_N - log_N.max())
-    return float(ratio_N.sum() ** 2 / (ratio_N**2).sum() / len(ratio_N))
+def _why_nothing_is_learned(plan: _Plan) -> str:
+    settings, weights = plan.settings, plan.weights
+    return (
+        f"Nothing can be learned from {plan.log.name}: every turn's weight is 0. Before they are "
+        f"clipped (min_weight={settings.min_weight}, max_weight={settings.max_weight}) weights lie "
+        f"in [{weights.lowest:.3g}, {weights.highest:.3g}] with baseline={settings.baseline!r}. "
+        "Take a log whose rewards differ, another baseline, or imitate it (method='sft')."
+    )
 
 
-# ---- the log, one pass at a time -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What one pass over the log tells."""
-
-    num_dialogues: int
-    num_turns: int
-    """Agent turns of the longest dialogue: T."""
-    num_scored: int
-    """Turns with a reward."""
-    domains: frozenset[str]
-    """Those that are told."""
-    has_groups: bool
-    without_logprobs: str | None
-    """Persona of a dialogue whose log-probabilities are not known; None if all are."""
-    weight_TT: np.ndarray
-    mean_return_T: np.ndarray
-    lowest_weight: float
-    """The most negative weight that a turn can get, 0 if none can, before weights are clipped."""
-    threshold: float
-    """Mean reward that the best dialogues reach, for filtered behaviour cloning."""
-
-
-def _bounds(
-    rewards: Sequence[np.ndarray], weight_TT: np.ndarray, baseline: str
-) -> tuple[np.ndarray, float]:
-    """Return (mean partial return of each turn over the log, the lowest weight that can come)."""
-    num_turns = len(weight_TT)
-    total_T, count_T = np.zeros(num_turns), np.zeros(num_turns)
-    low_T, high_T = np.full(num_turns, np.inf), np.full(num_turns, -np.inf)
-    for reward_T in rewards:
-        t = len(reward_T)
-        return_1T = partial_returns(reward_T[None].astype(np.float64), weight_TT[:t, :t])
-        turns = np.flatnonzero(~np.isnan(reward_T))
-        return_t = return_1T[0, turns]
-        total_T[turns] += return_t
-        count_T[turns] += 1
-        low_T[turns] = np.minimum(low_T[turns], return_t)
-        high_T[turns] = np.maximum(high_T[turns], return_t)
-    mean_T = total_T / np.maximum(1, count_T)
-    known_T = count_T > 0
-    if baseline == "none":
-        lowest_T = low_T
-    elif baseline == "log_mean":
-        lowest_T = low_T - mean_T
-    else:  # all others of the step may have had the highest return
-        lowest_T = low_T - high_T
-    return mean_T, float(lowest_T.min(initial=0.0, where=known_T))
-
-
-def _threshold(rewards: Sequence[np.ndarray], top_share: float) -> float:
-    """Return the mean reward of the last dialogue that belongs to the best share; NaN if none."""
-    means = np.sort([mean for mean in map(_mean, rewards) if not np.isnan(mean)])
-    number = max(1, math.ceil(top_share * len(means) - 1e-9))
-    return float(means[-number]) if len(means) else float("nan")
-
-
-def _settings(given: dict[str, Any]) -> OfflineSettings:
-    known = [field.name for field in fields(OfflineSettings)]
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"Unknown setting {name!r}.{hint} There are {', '.join(known)}.")
-    return OfflineSettings(**given)
-
-
-def _stream(log: Log) -> Iterator[Trajectory]:
-    if isinstance(log, str | Path):
-        return read_log(log)
-    if isinstance(log, Iterator):
-        raise TypeError(
-            f"A log is read once an epoch and once before; a {type(log).__name__} can be read only "
-            "once. Give the file's path, or list(...) of it."
-        )
-    return iter(log)
-
-
-def _in_order(log: Log, how: OfflineSettings, seed: Sequence[int]) -> Iterator[Trajectory]:
-    """Yield the log's dialogues in the order of one epoch."""
-    together = how.baseline in ("leave_one_out", "group_mean")
-    return _shuffled(_units(_stream(log), together, how.batch_size), how.shuffle, seed)
-
-
-def _units(
-    trajectories: Iterable[Trajectory], together: bool, longest: int
-) -> Iterator[list[Trajectory]]:
-    """Yield what is shuffled as one: a dialogue; `together`, those of a group side by side."""
-
-    def unit(numbered: tuple[int, Trajectory]) -> tuple[str, Any]:
-        number, trajectory = numbered
-        return _group_key(number, trajectory) if together else ("", number)
-
-    for _, group in groupby(enumerate(trajectories), unit):
-        yield from _batches((trajectory for _, trajectory in group), longest)
-
-
-def _shuffled(
-    units: Iterable[list[Trajectory]], size: int, seed: Sequence[int]
-) -> Iterator[Trajectory]:
-    """Yield all, each unit drawn from `size` dialogues held in memory; 0 keeps the order."""
-    rng, held, number = np.random.default_rng(list(seed)), [], 0
-    for unit in units:
-        held.append(unit)
-        number += len(unit)
-        while number > size:
-            taken = _taken(held, rng) if size else held.pop()
-            number -= len(taken)
-            yield from taken
-    while held:
-        yield from _taken(held, rng)
-
-
-def _taken(held: list[list[Trajectory]], rng: np.random.Generator) -> list[Trajectory]:
-    i = int(rng.integers(len(held)))
-    held[i], held[-1] = held[-1], held[i]
-    return held.pop()
-
-
-def _batches(trajectories: Iterable[Trajectory], size: int) -> Iterator[list[Trajectory]]:
-    batch: list[Trajectory] = []
-    for trajectory in trajectories:
-        batch.append(trajectory)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _group_key(number: int, trajectory: Trajectory) -> tuple[str, Any]:
-    """Return what tells a group; a dialogue that tells none is one by itself."""
-    group = trajectory.group
-    return ("", number) if group is None else (type(group).__name__, group)
-
-
-def _group_numbers(batch: Sequence[Trajectory]) -> np.ndarray:
-    """Return group_B, numbered as they come."""
-    numbers: dict[tuple[str, Any], int] = {}
-    keys = [_group_key(b, trajectory) for b, trajectory in enumerate(batch)]
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
-
-
-def _as_rollouts(batch: Sequence[Trajectory], tape: Tape, num_turns: int) -> RolloutBatch:
+def _as_rollouts(batch: Sequence[LoggedDialogue], tape: Tape, num_turns: int) -> RolloutBatch:
     """Return logged dialogues as a rollout would have, for inspection."""
-    reward_BT, alive_BT = _rewards(batch, num_turns)
+    reward_BT, alive_BT = rewards_of(batch, num_turns)
     none_B = np.zeros(len(batch), dtype=bool)
     return RolloutBatch(
         reward_BT=reward_BT,
         alive_BT=alive_BT,
-        group_B=_group_numbers(batch),
+        group_B=group_numbers(batch),
         cut_BT=np.zeros_like(alive_BT),
         truncated_B=none_B,
         overflow_B=none_B,
         part_BT={},
-        transcripts=[trajectory.messages for trajectory in batch],
+        transcripts=[dialogue.messages for dialogue in batch],
         boundaries=None,
         seconds=0.0,
         tape=tape,
-        personas=tuple(trajectory.persona for trajectory in batch),
-        domains=tuple(trajectory.domain for trajectory in batch),
+        personas=tuple(dialogue.persona for dialogue in batch),
+        domains=tuple(dialogue.domain for dialogue in batch),
     )
 
 
-def _rewards(batch: Sequence[Trajectory], num_turns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (reward_BT, alive_BT): rewards, NaN where unscorable, 0 where there was no turn."""
-    reward_BT = np.zeros((len(batch), num_turns))
-    alive_BT = np.zeros((len(batch), num_turns), dtype=bool)
-    for b, trajectory in enumerate(batch):
-        reward_BT[b, : trajectory.num_turns] = trajectory.reward_T
-        alive_BT[b, : trajectory.num_turns] = True
-    return reward_BT, alive_BT
-
-
-def _mean_reward(trajectory: Trajectory) -> float:
-    """Return the mean reward of a dialogue's scored turns; NaN, which is above nothing, if none."""
-    return _mean(trajectory.reward_T.astype(np.float32))
-
-
-def _mean(reward_T: np.ndarray) -> float:
-    scored = reward_T[~np.isnan(reward_T)]
-    return float(scored.mean()) if len(scored) else float("nan")
+def _spoken(turn_sL: torch.Tensor, num_turns: int) -> torch.Tensor:
+    """Return spoken_sT, whether a sequence holds a turn's tokens."""
+    own_sL = (turn_sL >= 0).to(torch.float32)
+    return turn_logprobs(own_sL, turn_sL, num_turns) > 0
 
 
 def _tensor(weight_sT: np.ndarray, policy: LMPolicy) -> torch.Tensor:

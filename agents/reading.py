@@ -19,45 +19,42 @@ import numpy as np
 from .chat_format import ChatFormat
 from .decoding import pad_rows
 from .lm_policy import LMPolicy
-from .logs import OPENING as OPENING
-from .logs import LogError, Trajectory, opened_by_the_partner
+from .logs import LogError, LoggedDialogue, opened_by_the_partner
 from .policy import Messages
 from .tape import Tape
 
+_NOTHING = "..."  # what the environment hears of a line that says nothing aloud, see sampling.py
 _THOUGHT, _END_OF_THOUGHT = "<think>", "</think>"
 
 
 def read_dialogues(
-    policy: LMPolicy, trajectories: Sequence[Trajectory], tokenise_again: bool = False
+    policy: LMPolicy, dialogues: Sequence[LoggedDialogue], tokenise_again: bool = False
 ) -> Tape:
     """Return the tape of logged dialogues; of turns that the context has no room for, nothing.
 
     Args:
         policy: whose chat template and tokenizer.
-        trajectories: B dialogues.
-        tokenise_again: make new ids from the texts where the logged ones belong to another
-            tokenizer, instead of refusing; their log-probabilities are lost.
-
-    Raises:
-        LogError: logged ids belong to another tokenizer.
+        dialogues: B of them, which `refuse_unreadable` lets pass.
+        tokenise_again: make new ids from the texts where the logged ones are of no use; their
+            log-probabilities are lost.
     """
     rows: list[_Row] = []
-    truncated_B = np.zeros(len(trajectories), dtype=bool)
+    truncated_B = np.zeros(len(dialogues), dtype=bool)
     spelling = _spelling(policy)
-    for b, trajectory in enumerate(trajectories):
-        stored = usable_ids(policy, trajectory, tokenise_again)
-        dialogue = _read(policy, trajectory, b, stored, spelling)
-        rows += dialogue
-        spoken = {turn for row in dialogue for turn in row.turns if turn >= 0}
-        truncated_B[b] = len(spoken) < trajectory.num_turns
-    longest = max((trajectory.num_turns for trajectory in trajectories), default=0)
+    for b, dialogue in enumerate(dialogues):
+        stored = stored_ids(policy, dialogue, tokenise_again)
+        own_rows = _read(policy, dialogue, b, stored, spelling)
+        rows += own_rows
+        spoken = {turn for row in own_rows for turn in row.turns if turn >= 0}
+        truncated_B[b] = len(spoken) < dialogue.num_turns
+    longest = max((dialogue.num_turns for dialogue in dialogues), default=0)
     return Tape(
         token_SL=pad_rows([row.ids for row in rows], policy.format.pad_id, np.int64),
         turn_SL=pad_rows([row.turns for row in rows], -1, np.int64),
         old_logprob_SL=pad_rows([row.logprobs for row in rows], 0.0, np.float32),
         length_S=np.array([len(row.ids) for row in rows], dtype=np.int64),
         episode_S=np.array([row.episode for row in rows], dtype=np.int64),
-        cut_BT=np.zeros((len(trajectories), longest), dtype=bool),
+        cut_BT=np.zeros((len(dialogues), longest), dtype=bool),
         truncated_B=truncated_B,
     )
 
@@ -79,7 +76,7 @@ class _Row:
 
 def _read(
     policy: LMPolicy,
-    trajectory: Trajectory,
+    dialogue: LoggedDialogue,
     episode: int,
     stored: Sequence[Sequence[int]] | None,
     spelling: _Spelling,
@@ -87,8 +84,8 @@ def _read(
     """Return the dialogue's sequences, up to the turn that no longer fits the context."""
     form, limit = policy.format, policy.network.context_length
     appends = goes_on = policy.sequences != "turn" and form.append_only
-    messages = _without_thoughts(opened_by_the_partner(trajectory.messages))
-    lines = trajectory.lines
+    messages = _without_thoughts(opened_by_the_partner(dialogue.messages))
+    lines = dialogue.lines
     at = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     rows: list[_Row] = []
     mark: str | None = None
@@ -104,7 +101,7 @@ def _read(
         if not row.ids:
             rows.append(row)
         row.add(forced, -1)
-        logprobs = None if stored is None or trajectory.logprobs is None else trajectory.logprobs
+        logprobs = None if stored is None or dialogue.logprobs is None else dialogue.logprobs
         row.add(ids, turn, None if logprobs is None else list(logprobs[turn]))
         mark = policy.sampler.mark_at_end(ids)
         # A thought was in the model's sight while it spoke and is in nobody's afterwards.
@@ -112,26 +109,86 @@ def _read(
     return rows
 
 
-def usable_ids(
-    policy: LMPolicy, trajectory: Trajectory, tokenise_again: bool
+def stored_ids(
+    policy: LMPolicy, dialogue: LoggedDialogue, tokenise_again: bool = False
 ) -> Sequence[Sequence[int]] | None:
-    """Return the ids that were sampled, None if the texts have to be tokenised.
+    """Return the ids that were sampled; None if there are none, or they are not to be used."""
+    if dialogue.token_ids is None or (
+        tokenise_again and _why_unusable(policy, dialogue, dialogue.token_ids)
+    ):
+        return None
+    return dialogue.token_ids
+
+
+def refuse_unreadable(
+    policy: LMPolicy, dialogue: LoggedDialogue, place: str, tokenise_again: bool = False
+) -> None:
+    """Check that a policy can read a logged dialogue; `place` says in errors where it stands.
 
     Raises:
-        LogError: as `read_dialogues`.
+        LogError: a text cannot be tokenised, or logged ids belong to another tokenizer, are not in
+            the vocabulary, or say something else than the logged line.
     """
-    if trajectory.token_ids is None:
-        return None
-    if trajectory.tokenizer == policy.tokenizer_fingerprint:
-        return trajectory.token_ids
-    if tokenise_again:
-        return None
-    raise LogError(
-        f"The dialogue of persona {trajectory.persona!r} was logged as ids of the tokenizer "
-        f"{trajectory.tokenizer or 'of an unknown model'}, {policy.name} has "
-        f"{policy.tokenizer_fingerprint}: the ids mean other words. Learn with the model that "
-        "spoke, or set tokenise_again, which uses the texts and no logged log-probabilities."
+    for message in dialogue.messages:
+        if not _is_unicode(message["content"]):
+            raise LogError(
+                f"{place}: a line of {message['role']!r} holds half a character (a lone surrogate),"
+                " which no tokenizer reads; write the whole character, or take it out "
+                f"({message['content']!r:.80})."
+            )
+    if dialogue.token_ids is None or tokenise_again:
+        return
+    why = _why_unusable(policy, dialogue, dialogue.token_ids)
+    if why:
+        raise LogError(
+            f"{place}: {why}. Learn with the model that spoke, or set tokenise_again, which uses "
+            "the texts and no logged log-probabilities."
+        )
+
+
+def _why_unusable(
+    policy: LMPolicy, dialogue: LoggedDialogue, token_ids: Sequence[Sequence[int]]
+) -> str:
+    """Return why logged ids are not those of the logged lines for this policy, "" if they are."""
+    if dialogue.tokenizer != policy.tokenizer_fingerprint:
+        return (
+            "logged as ids of the tokenizer "
+            f"{dialogue.tokenizer or 'of an unknown model'}, {policy.name} has "
+            f"{policy.tokenizer_fingerprint}: the ids mean other words"
+        )
+    embeddings = policy.model.get_input_embeddings()
+    size, largest = int(embeddings.num_embeddings), max(map(max, token_ids))
+    if largest >= size:
+        return f"token id {largest}, and {policy.name} knows {size} tokens"
+    for turn, (ids, line) in enumerate(zip(token_ids, dialogue.lines, strict=True)):
+        said = _said_aloud(policy, ids)
+        if (said or _NOTHING) != (_aloud(line) or _NOTHING):
+            return f"the ids of line {turn} say {said!r:.80}, the log has {line!r:.80}"
+    return ""
+
+
+def _said_aloud(policy: LMPolicy, ids: Sequence[int]) -> str:
+    """Return what the environment heard of a line of these ids, see sampling.py."""
+    form = policy.format
+    silent = form.silent_ids | policy.sampler.end_ids
+    text = form.tokenizer.decode(
+        [token for token in ids if token not in silent], clean_up_tokenization_spaces=False
     )
+    text = str(text).replace("\0", "")
+    if form.text_mark is not None:
+        text = text.rstrip().removesuffix(form.text_mark)
+    if form.opens_thought and _END_OF_THOUGHT not in text:
+        return ""
+    return _aloud(text)
+
+
+def _aloud(text: str) -> str:
+    """Return a line without thoughts and without blanks around it."""
+    return text.rpartition(_END_OF_THOUGHT)[2].partition(_THOUGHT)[0].strip()
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _without_thoughts(messages: Messages) -> Messages:

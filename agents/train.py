@@ -1,10 +1,10 @@
 """Train one agent into a run folder: metrics and checkpoints as it learns, the agent at the end.
 
 ppg train --domain therapy --credit kstep --k 3
-ppg train --domain therapy --offline runs/train/transcripts.jsonl --run runs/offline
+ppg train --offline runs/train/transcripts.jsonl --offline-settings.epochs 3 --run runs/offline
 accelerate launch --multi_gpu --num_processes 2 -m agents.cli train --domain therapy
 
-The same command goes on where a run was stopped, bit for bit.
+The same command goes on where a run was stopped, bit for bit; learning from a log starts again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from .lm_policy import LMPolicy
 from .loading import load_policy, weights_fingerprint
 from .logs import LogError, read_log
+from .offline_settings import OfflineSettings
 from .optimization import all_processes
 from .ppg import DivergedError, PPGAgent
 from .ppo import PPOAgent
@@ -33,13 +34,17 @@ from .runs import RunFolder
 ENV_ID = "ppg_env:PersonaDialogue-v0"
 """Named with its module, so that Gymnasium imports the world and this package need not."""
 
+_ABOUT_PLAYING = {"total_timesteps", "episodes", "group_size", "n_epochs", "batch_size"}
+_ABOUT_PLAYING |= {"clip_range", "ratio_level", "ent_coef", "personas", "max_turns", "noise"}
+_ABOUT_PLAYING |= {"partner", "judge", "unscorable_reward"}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What is trained, on what, for how long."""
 
-    domain: str = "chatting"
-    """Domain of PersonaDialogue-v0."""
+    domain: str | None = None
+    """Domain of PersonaDialogue-v0. None = chatting; offline the log's own, which may be any."""
     credit: str | None = None
     """Which rewards a turn answers for: full, greedy, kstep:K, segment, segment:N, discounted:G,
     trajectory (as GRPO). None = kstep:3."""
@@ -104,21 +109,11 @@ class TrainConfig:
     keep_transcripts: bool = True
     """Write every dialogue to the run folder, about 4 KB each."""
     offline: str | None = None
-    """Learn from this log (agents/logs.py) instead of playing: --n-epochs passes over it,
-    --batch-size dialogues (None = 32) a gradient step; settings of playing are ignored, and no
-    checkpoints are written."""
+    """Learn from this log (agents/logs.py) instead of playing; settings of playing are ignored, and
+    no checkpoints are written."""
     validation: str | None = None
-    """Log of other personas, whose loss is measured after every pass over --offline."""
-    method: str = "ppg"
-    """Offline: "ppg" (the credit), "sft" (imitate all), "filtered" (imitate the best dialogues)."""
-    baseline: str = "none"
-    """Offline: "none", "log_mean", "batch_mean", "leave_one_out", "group_mean"."""
-    importance: bool = False
-    """Offline: importance weights, where the log has log-probabilities."""
-    sft_coef: float = 0.0
-    """Offline: weight of the plain likelihood of all logged lines."""
-    patience: int | None = None
-    """Offline: stop after so many passes without a better validation loss, and go back to it."""
+    """Log of other personas (ppg split), on which every pass over --offline is measured."""
+    offline_settings: OfflineSettings = field(default_factory=OfflineSettings)
     checkpoint_every: int = 10
     """Updates between two checkpoints, the last two of which are kept; 0 = none."""
     tracker: str | None = None
@@ -142,15 +137,21 @@ class TrainConfig:
         if self.k is None and self.credit == "kstep":
             raise ValueError("credit='kstep' needs k, e.g. --credit kstep --k 3 or kstep:3.")
 
-        defaults: dict[str, Any] = {"validation": None, "method": "ppg", "baseline": "none"}
-        defaults |= {"importance": False, "sft_coef": 0.0, "patience": None}
-        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
-        if self.offline is None and changed:
-            raise ValueError(f"{', '.join(changed)} belong to learning from a log: give offline.")
-        if self.offline is not None and self.algorithm == "ppo":
+        if self.offline is None:
+            if self.validation is not None or self.offline_settings != OfflineSettings():
+                raise ValueError(
+                    "validation and offline_settings are for learning from a log: give offline."
+                )
+            return
+        if self.algorithm == "ppo":
             raise ValueError(
                 "algorithm='ppo' learns from its own dialogues only; leave it out to learn from "
                 "a log with a credit."
+            )
+        if self.n_epochs is not None or self.batch_size is not None:
+            raise ValueError(
+                "n_epochs and batch_size are about playing; to learn from a log say "
+                "--offline-settings.epochs and --offline-settings.batch-size."
             )
 
     @property
@@ -171,11 +172,11 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     """
     _refuse_missing_tracker(c.tracker)
     if c.offline is not None:
-        _refuse_other_domain(c.offline, c.domain)
+        c = replace(c, domain=_domain_of(c.offline, c.domain))
     processes = all_processes(on_cpu=c.device == "cpu")
     agent = make_agent(c)
     if c.offline is not None:
-        agent.check_offline(c.offline, c.validation, **_offline_settings(c))
+        agent.check_offline(c.offline, c.validation, **vars(c.offline_settings))
     data = _data_hashes(c, agent)
     folder = None
     if processes.is_main_process:
@@ -218,13 +219,14 @@ def train(c: TrainConfig, progress_bar: bool = True) -> PPGAgent:
     return agent
 
 
-def _refuse_other_domain(log: str, domain: str) -> None:
-    first = next(read_log(log))
-    if first.domain not in ("", domain):
+def _domain_of(log: str, asked: str | None) -> str | None:
+    """Return the domain that the log tells, else the one asked for."""
+    found = next(read_log(log)).domain
+    if asked and found not in ("", asked):
         raise LogError(
-            f"{log} is of the domain {first.domain!r}, this run of {domain!r}; say --domain "
-            f"{first.domain}."
+            f"{log} is of the domain {found!r}, this run of {asked!r}; leave out --domain."
         )
+    return found or asked
 
 
 def _train_offline(
@@ -247,25 +249,15 @@ def _train_offline(
                 validation=c.validation,
                 callback=after_update,
                 progress_bar=progress_bar,
-                **_offline_settings(c),
+                **vars(c.offline_settings),
             )
     _save(agent, folder)
     if folder is not None:
-        folder.finish({"num_timesteps": agent.num_timesteps, "last": agent.log})
+        result = {"num_timesteps": agent.num_timesteps, "last": agent.log}
+        if c.offline_settings.patience is not None:
+            result["kept_epoch"] = agent.log["offline/best_epoch"]
+        folder.finish(result)
     return agent
-
-
-def _offline_settings(c: TrainConfig) -> dict[str, Any]:
-    """Return the fields of OfflineSettings that a run can set."""
-    return {
-        "epochs": c.n_epochs or 1,
-        "batch_size": c.batch_size or 32,
-        "method": c.method,
-        "baseline": c.baseline,
-        "importance": c.importance,
-        "sft_coef": c.sft_coef,
-        "patience": c.patience,
-    }
 
 
 @contextmanager
@@ -285,9 +277,16 @@ def _saved_on_failure(agent: PPGAgent, folder: RunFolder | None) -> Iterator[Non
 
 
 def make_agent(c: TrainConfig) -> PPGAgent:
-    """Return the untrained agent with its environment, this process's share of the slots."""
+    """Return the untrained agent with its environment, this process's share of the slots.
+
+    To learn from a log it needs none, but for the phases that `segment` follows.
+    """
     policy = make_policy(c)
     settings = agent_settings(c, policy)
+    if c.offline is not None:
+        agent = PPGAgent(policy, None, c.credit_name, **settings)
+        agent.env = _env_with_phases(c, c.offline) if c.credit_name == "segment" else None
+        return agent
     if c.algorithm == "ppo":
         return PPOAgent(policy, make_envs(c), **settings)
     return PPGAgent(policy, make_envs(c), c.credit_name, **settings)
@@ -304,7 +303,7 @@ def make_envs(c: TrainConfig) -> gym.vector.VectorEnv[Any, Any, Any]:
     return gym.make_vec(
         ENV_ID,
         num_envs=c.episodes // num_processes,
-        domain=c.domain,
+        domain=c.domain or "chatting",
         personas=c.personas,
         max_turns=c.max_turns,
         noise=c.noise,
@@ -313,6 +312,21 @@ def make_envs(c: TrainConfig) -> gym.vector.VectorEnv[Any, Any, Any]:
         unscorable_reward=float("nan") if c.unscorable_reward is None else c.unscorable_reward,
         verdict_cache=c.verdict_cache,
     )
+
+
+def _env_with_phases(c: TrainConfig, log: str) -> gym.vector.VectorEnv[Any, Any, Any]:
+    """Return an environment whose dialogues are as long as the longest logged one."""
+    logs = [path for path in (log, c.validation) if path is not None]
+    longest = max(dialogue.num_turns for path in logs for dialogue in read_log(path))
+    try:
+        if not c.domain:
+            raise ValueError(f"{log} names no domain.")
+        return gym.make_vec(ENV_ID, num_envs=1, domain=c.domain, max_turns=longest)
+    except ValueError as error:
+        raise LogError(
+            "credit='segment' follows the phases of the log's domain, and there are none known: "
+            f"{error} Take segments of N turns, segment:N, or say where they begin, segment:0,3,6."
+        ) from error
 
 
 def make_policy(c: TrainConfig) -> LMPolicy:
@@ -374,26 +388,28 @@ def _settings(c: TrainConfig) -> dict[str, Any]:
 
     Where it is kept and shown is no part of it, nor what one changes when memory runs out.
     """
-    elsewhere = {"run", "tracker", "k", "device", "checkpoint_every"}
+    elsewhere = {"run", "tracker", "k", "device", "checkpoint_every", "offline_settings"}
     elsewhere |= {"token_budget", "gradient_checkpointing", "verdict_cache", "keep_transcripts"}
+    more: dict[str, Any] = {}
+    if c.offline is None:
+        more = {"domain": c.domain or "chatting"}
+    else:
+        elsewhere |= _ABOUT_PLAYING
+        more = {f"offline_settings.{name}": v for name, v in asdict(c.offline_settings).items()}
     kept = {name: value for name, value in asdict(c).items() if name not in elsewhere}
-    return {**kept, "credit": None if c.algorithm == "ppo" else c.credit_name}
+    return {**kept, **more, "credit": None if c.algorithm == "ppo" else c.credit_name}
 
 
 def _data_hashes(c: TrainConfig, agent: PPGAgent) -> dict[str, str]:
     """Return what the run depends on besides its settings."""
-    ids = getattr(agent.env.unwrapped, "persona_ids", ()) if agent.env is not None else ()
     revision = getattr(agent.policy.model.config, "_commit_hash", None)
-    logs = {
-        name: file_hash(path)
-        for name, path in (("log", c.offline), ("validation", c.validation))
-        if path is not None
-    }
-    return {
-        **logs,
-        "weights": weights_fingerprint(c.model) or str(revision or ""),
-        "personas": file_hash(c.personas) or sha256("\n".join(ids).encode()).hexdigest(),
-    }
+    weights = {"weights": weights_fingerprint(c.model) or str(revision or "")}
+    if c.offline is not None:
+        logs = {"log": c.offline} | ({} if c.validation is None else {"validation": c.validation})
+        return weights | {name: file_hash(path) for name, path in logs.items()}
+    ids = getattr(agent.env.unwrapped, "persona_ids", ()) if agent.env is not None else ()
+    personas = file_hash(c.personas) or sha256("\n".join(ids).encode()).hexdigest()
+    return weights | {"personas": personas}
 
 
 def _refuse_missing_tracker(tracker: str | None) -> None:

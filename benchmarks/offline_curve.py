@@ -42,8 +42,7 @@ class Cell:
 
 def write_logs(folder: Path, domain: str, size: int, seed: int) -> None:
     """Let the untrained model speak: `size` dialogues to learn from, 20 to measure steps on."""
-    from agents import collect_rollouts, load_policy, read_log, write_log
-    from agents.logs import parse_trajectory
+    from agents import collect_rollouts, load_policy, parse_dialogue, read_log, write_log
 
     for name, number in (("train", size), ("test", 20)):
         path = folder / f"{domain}-{name}-{seed}.jsonl.gz"
@@ -62,7 +61,7 @@ def write_logs(folder: Path, domain: str, size: int, seed: int) -> None:
                 options={"persona": people} if people else None,
             )
             records += batch.records()
-        write_log(path, map(parse_trajectory, records[:number]))
+        write_log(path, map(parse_dialogue, records[:number]))
 
 
 def run_cell(folder: Path, cell: Cell, steps: int) -> dict[str, Any]:

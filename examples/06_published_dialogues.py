@@ -82,14 +82,19 @@ agent = PPGAgent(
     lr_schedule="linear",
     seed=0,
 )
+
 agent.learn_offline(train, validation=test, epochs=options.epochs, batch_size=options.batch_size)
 for row in agent.history:
     if "offline/validation_loss" in row:
-        epoch = int(row["offline/epoch"])
-        losses = [r["train/policy_loss"] for r in agent.history if r["offline/epoch"] == epoch]
+        steps = [r for r in agent.history if r["offline/epoch"] == row["offline/epoch"]]
+        last = len(train) - options.batch_size * (len(steps) - 1)
+        loss = np.average(
+            [step["train/policy_loss"] for step in steps],
+            weights=[options.batch_size] * (len(steps) - 1) + [last],
+        )
+        speed = np.median([step["time/tokens_per_second"] for step in steps])
         print(
-            f"epoch {epoch}: loss {np.mean(losses):8.1f}, on other personas "
-            f"{row['offline/validation_loss']:8.1f}, "
-            f"{row['time/tokens_per_second']:,.0f} tokens/s, "
+            f"epoch {row['offline/epoch']:.0f}: loss {loss:8.1f}, validation loss "
+            f"{row['offline/validation_loss']:.4f}, {speed:,.0f} tokens/s, "
             f"{row['offline/dropped_turns']:.0%} of the lines beyond the context"
         )

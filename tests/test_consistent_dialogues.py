@@ -7,7 +7,9 @@ for the tests that need a folder with the data set (environment variable CONSIST
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
+import math
 import os
 from collections import Counter
 from pathlib import Path
@@ -16,8 +18,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_cli import Terminal
+from tiny_models import tiny_model, tiny_tokenizer
 
-from agents.logs import parse_trajectory, read_log, refuse_leaks, split_by_persona, write_log
+from agents import LMPolicy, LoggedDialogue, PPGAgent, cli
+from agents.logs import parse_dialogue, read_log, refuse_leaks, split_by_persona, write_log
 from ppg_env.consistent_dialogues import (
     JUDGE,
     dialogue_records,
@@ -179,7 +184,7 @@ def test_other_views_can_be_asked_for(tmp_path: Path) -> None:
     assert said(therapist)[0] == ("assistant", "0?")  # no persona, no system message
     assert therapist["persona"] == "" and therapist["rewards"] == [None, None]
     assert therapist["flags"] == ["unjudged"] and therapist["judge"] == ""
-    assert parse_trajectory(therapist).num_turns == 2
+    assert parse_dialogue(therapist).num_turns == 2
     (ben,) = dialogue_records(put(tmp_path, chatting()), "P2")
     assert ben["rewards"] == [0.0, 1.0]
     with pytest.raises(ValueError, match="agents is 'judged', 'both', 'P1' or 'P2', got 'patient'"):
@@ -286,6 +291,41 @@ def test_ids_are_those_of_a_manifest_beside_the_domains(tmp_path: Path) -> None:
     assert [record["dialogue"] for record in dialogue_records(path)] == by_place
 
 
+# ---- ppg import ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    monkeypatch.setattr(cli.console, "_width", 200)
+    return Terminal(monkeypatch, capsys)
+
+
+def test_the_command_counts_records_and_dialogues(tmp_path: Path, terminal: Terminal) -> None:
+    put(tmp_path, chatting(), chatting(P2="Meet Zoe."))
+    put(tmp_path, therapy(), name="therapy/exp/x_1")
+    out = tmp_path / "log.jsonl.gz"
+    command = ("import", "consistent-llms", str(tmp_path), "--out", str(out))
+    assert terminal.run(*command) == 0, terminal.output
+    assert terminal.words.endswith("log.jsonl.gz: 5 records of 3 dialogues")
+    assert len(list(read_log(out))) == 5
+    assert terminal.run(*command, "--domain", "therapy") == 0, terminal.output
+    assert [t.domain for t in read_log(out)] == ["therapy"]
+
+
+def test_the_command_names_the_nearest_domain_and_leaves_the_old_log(
+    tmp_path: Path, terminal: Terminal
+) -> None:
+    put(tmp_path, chatting())
+    out = tmp_path / "log.jsonl"
+    command = ("import", "consistent-llms", str(tmp_path), "--out", str(out))
+    assert terminal.run(*command) == 0, terminal.output
+    assert terminal.run(*command, "--domain", "educatoin") == 2
+    assert "Unknown domain 'educatoin'. Did you mean 'education'?" in terminal.words
+    assert terminal.run(*command, "--domain", "education") == 2
+    assert f"{tmp_path} holds no dialogues of the domain 'education'" in terminal.words
+    assert len(list(read_log(out))) == 2
+
+
 # ---- bad files -----------------------------------------------------------------------------------
 
 LINES = chatting()["conversation"]
@@ -385,7 +425,7 @@ def test_a_file_comes_back_to_the_byte_through_a_log(tmp_path: Path, side: Any) 
     ]
     write_log(
         tmp_path / "log.jsonl.gz",
-        (parse_trajectory(r) for path in paths for r in dialogue_records(path, side)),
+        (parse_dialogue(r) for path in paths for r in dialogue_records(path, side)),
     )
     records = [t.record() for t in read_log(tmp_path / "log.jsonl.gz")]
     written = write_published(reversed(records), tmp_path / "again")
@@ -476,7 +516,7 @@ def test_any_lines_come_back(tmp_path: Path, lines: list[str]) -> None:
     )
     for side in ("P1", "P2"):
         log = tmp_path / "log.jsonl"
-        write_log(log, map(parse_trajectory, dialogue_records(path, side)))  # type: ignore[arg-type]
+        write_log(log, map(parse_dialogue, dialogue_records(path, side)))  # type: ignore[arg-type]
         (again,) = write_published((t.record() for t in read_log(log)), tmp_path / "again")
         assert again.read_bytes() == path.read_bytes()
 
@@ -652,7 +692,7 @@ def test_all_published_dialogues_load(published: list[dict[str, Any]]) -> None:
             count[str(reward)] += 1
         for flag in record["flags"]:
             count[flag] += 1
-        assert parse_trajectory(record).num_turns == len(record["rewards"])
+        assert parse_dialogue(record).num_turns == len(record["rewards"])
     assert len({record["dialogue"] for record in published}) == 352
     assert counts == {
         "chatting": {"records": 420, "lines": 3950, "judged": 3950}
@@ -685,7 +725,7 @@ def test_the_published_files_come_back_to_the_byte(
     originals = find_published(FOLDER / "raw")
     assert len(originals) == 6
     log = tmp_path / "log.jsonl.gz"
-    assert write_log(log, map(parse_trajectory, published)) == 562
+    assert write_log(log, map(parse_dialogue, published)) == 562
     records = [t.record() for t in read_log(log)]
     whole = [r for r in records if "conversation" in r["source"]["record"]]
     assert len(whole) == 2 * 55 + 32 + 16 + 19 + 1
@@ -753,8 +793,34 @@ def test_rewards_read_from_answers_are_the_copys_labels(published: list[dict[str
 @with_data
 def test_the_published_dialogues_split_by_persona(published: list[dict[str, Any]]) -> None:
     for domain, personas in (("chatting", 100), ("education", 13), ("therapy", 5)):
-        log = [parse_trajectory(r) for r in published if r["domain"] == domain]
+        log = [parse_dialogue(r) for r in published if r["domain"] == domain]
         sides = split_by_persona(log, 0.2)
         refuse_leaks(*sides)
         assert sum(len({t.persona for t in side}) for side in sides) == personas
         assert 0.15 < len(sides[1]) / len(log) < 0.25
+
+
+@with_data
+def test_a_model_learns_from_the_stored_verdicts(published: list[dict[str, Any]]) -> None:
+    log = [parse_dialogue(r) for r in published if r["domain"] == "education"]
+    log = sorted(log, key=lambda t: sum(len(m["content"]) for m in t.messages))[:6]
+    assert {0.0, 1.0} <= {reward for t in log for reward in t.rewards}
+    model = tiny_model("llama", max_position_embeddings=8192)
+    agent = PPGAgent(
+        LMPolicy(model, tiny_tokenizer(), seed=0), None, "kstep:3", learning_rate=3e-3, seed=0
+    )
+    agent.learn_offline(log, validation=log_of_others(published, log), epochs=4)
+    losses = [row["train/policy_loss"] for row in agent.history]
+    assert len(losses) == 4 and all(b < a for a, b in itertools.pairwise(losses))
+    assert losses[-1] < 0.9 * losses[0]
+    for row in agent.history:
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["offline/dropped_turns"] == 0.0 and row["train/skipped_steps"] == 0.0
+
+
+def log_of_others(published: list[dict[str, Any]], log: list[LoggedDialogue]) -> Any:
+    """Return two short lessons of other pupils."""
+    pupils = {t.persona for t in log}
+    others = [parse_dialogue(r) for r in published if r["domain"] == "education"]
+    others = [t for t in others if t.persona not in pupils]
+    return sorted(others, key=lambda t: sum(len(m["content"]) for m in t.messages))[:2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -15,7 +16,7 @@ from test_reading import logged, told
 from tiny_models import tiny_policy
 
 import ppg_env
-from agents import ScriptedPolicy, evaluate_steps
+from agents import ScriptedPolicy, evaluate_steps, write_log
 from agents.evaluate import StepEvaluation
 from agents.policy import Messages
 from agents.rollout import collect_rollouts
@@ -121,6 +122,21 @@ def test_the_logged_rewards_of_the_same_turns_are_told_beside_it() -> None:
     assert found.logged.low < found.logged.mean < found.logged.high
 
 
+def test_the_logged_rewards_are_those_of_turns_that_count() -> None:
+    # The judge cannot tell after two lines, so what was logged there is in no mean either.
+    scored = [replace(t, rewards=(0.5, 0.0, 1.0)) for t in played(4)]
+    found = evaluate_steps(worlds(3, judge=Choosy()), Noted(), scored)
+    assert (found.logged.mean, found.reward.mean) == (0.75, 0.625)
+
+
+def test_a_log_may_be_a_file(tmp_path: Path) -> None:
+    log = played()
+    write_log(tmp_path / "log.jsonl.gz", log)
+    for path in (tmp_path / "log.jsonl.gz", str(tmp_path / "log.jsonl.gz")):
+        found = evaluate_steps(worlds(3), Noted(), path)
+        assert_equal(found, evaluate_steps(worlds(3), Noted(), iter(log)))
+
+
 def test_the_turn_that_the_agent_began_with_is_left_out() -> None:
     begun = played(1)[0]
     chat = [begun.messages[0], *begun.messages[2:]]
@@ -216,10 +232,11 @@ def test_the_same_seed_gives_the_same_lines_and_another_seed_others() -> None:
 
 
 def test_a_persona_that_the_environment_does_not_know_is_refused_with_the_nearest() -> None:
-    log = played(2)
-    for persona in (f"{log[0].persona}x", ""):
-        with pytest.raises(ValueError, match=f"Unknown persona id '{persona}'"):
-            evaluate_steps(worlds(2), Noted(), [replace(log[0], persona=persona)])
+    log = played(3)
+    for persona, hint in ((f"{log[0].persona}x", f"Did you mean '{log[0].persona}'"), ("", "The")):
+        told_so = rf"Unknown persona id '{persona}' in dialogue 3\. {hint}.*personas='all'.*file"
+        with pytest.raises(ValueError, match=told_so):
+            evaluate_steps(worlds(2), Noted(), [*log[:2], replace(log[2], persona=persona)])
 
 
 def test_dialogues_longer_than_the_environments_are_refused() -> None:
@@ -231,4 +248,5 @@ def test_a_turn_without_room_in_the_models_context_is_left_out() -> None:
     policy = tiny_policy(max_new_tokens=5)
     policy.network.context_length = 20
     found = evaluate_steps(worlds(2), policy, played(1))
-    assert math.isnan(found.reward.mean)
+    assert math.isnan(found.reward.mean) and math.isnan(found.logged.mean)
+    assert found.num_steps == 0

@@ -16,7 +16,7 @@ from chat_servers import ChatServer, serving
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from agents.logs import parse_trajectory, write_log
+from agents.logs import parse_dialogue, write_log
 from agents.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def test_the_fourth_example_speaks_with_models_behind_an_endpoint(server: ChatSe
 def test_the_sixth_example_learns_from_a_log(tmp_path: Path) -> None:
     said = ["I like tea.", "My sister came by.", "It rained all day.", "I work at night."]
     log = [
-        parse_trajectory(
+        parse_dialogue(
             {
                 "persona": f"p{i}",
                 "messages": [

@@ -8,7 +8,9 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
+import sys
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -23,17 +25,19 @@ from hypothesis import strategies as st
 from tiny_models import tiny_policy
 from tiny_worlds import EchoDialogues
 
+from agents import cli
 from agents.logs import (
     LogError,
-    Trajectory,
+    LoggedDialogue,
     _record_of,
     _rows,
     decompose,
     from_dataset,
-    parse_trajectory,
+    parse_dialogue,
     read_log,
     refuse_leaks,
     split_by_persona,
+    split_log,
     to_dataset,
     write_log,
 )
@@ -74,13 +78,13 @@ def record(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**FULL, **changes}.items() if value is not ...}
 
 
-def told(messages: list[tuple[str, str]], **more: Any) -> Trajectory:
+def told(messages: list[tuple[str, str]], **more: Any) -> LoggedDialogue:
     lines = [{"role": role, "content": text} for role, text in messages]
     own = sum(role == "assistant" for role, _ in messages)
-    return parse_trajectory({"messages": lines, "rewards": [1.0] * own, **more})
+    return parse_dialogue({"messages": lines, "rewards": [1.0] * own, **more})
 
 
-def short(persona: str, said: str = "", system: str = "", **more: Any) -> Trajectory:
+def short(persona: str, said: str = "", system: str = "", **more: Any) -> LoggedDialogue:
     """One turn and a farewell; its texts are this persona's own unless given."""
     opening = [("system", system or f"You are {persona}.")]
     lines = [("user", "Hello!"), ("assistant", said or f"I am {persona}."), ("user", "Bye.")]
@@ -92,7 +96,7 @@ def write(path: Path, *records: Any) -> Path:
     return path
 
 
-def read_until_refused(path: Path) -> tuple[list[Trajectory], str]:
+def read_until_refused(path: Path) -> tuple[list[LoggedDialogue], str]:
     """Return what is yielded before the error, and the error's message."""
     good = []
     with pytest.raises(LogError) as caught:
@@ -123,8 +127,8 @@ def test_messages_and_rewards_are_enough_and_null_is_not_known() -> None:
     least = {"messages": FULL["messages"], "rewards": [0, 1]}
     null = {**dict.fromkeys(FULL), **least}
     del null["update"], null["source"]
-    assert parse_trajectory(least) == parse_trajectory(null)
-    assert parse_trajectory(least).record() == {"messages": FULL["messages"], "rewards": [0.0, 1.0]}
+    assert parse_dialogue(least) == parse_dialogue(null)
+    assert parse_dialogue(least).record() == {"messages": FULL["messages"], "rewards": [0.0, 1.0]}
 
 
 def test_the_agent_may_speak_first_and_the_partner_last() -> None:
@@ -164,6 +168,18 @@ def test_gzip_is_told_by_content_when_reading(tmp_path: Path, name: str) -> None
 def test_a_file_that_is_not_there_is_no_empty_log(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere"):
         next(read_log(tmp_path / "nowhere.jsonl"))
+
+
+def test_a_folder_and_a_pipe_are_no_logs(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match=r"run is a folder; give the log in it"):
+        (tmp_path / "run").mkdir()
+        next(read_log(tmp_path / "run"))
+    write(tmp_path / "run" / "transcripts.jsonl", FULL)
+    with pytest.raises(LogError, match=r"run is a folder; its log is .*run/transcripts\.jsonl\."):
+        next(read_log(tmp_path / "run"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LogError, match=r"pipe is a pipe or a device.*more than once; write it"):
+        next(read_log(tmp_path / "pipe"))
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -285,6 +301,24 @@ def test_a_bad_field_is_named_with_file_and_line_and_the_lines_before_it_are_rea
 
 
 @pytest.mark.parametrize(
+    ("change", "named"), [case for case in BAD_FIELDS if ... not in case[0].values()]
+)
+def test_a_dialogue_made_without_a_file_is_checked_like_one_that_is_read(
+    change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{named}"):
+        dataclasses.replace(parse_dialogue(FULL), **change)
+
+
+def test_a_dialogue_holds_tuples_and_messages_of_its_own() -> None:
+    messages, ids = [dict(m) for m in FULL["messages"]], [[5, 6, 1], [7, 1]]
+    made = LoggedDialogue(messages, [1, None], token_ids=ids, flags=["x"])  # type: ignore[arg-type]
+    messages[2]["content"] = ids[0][0] = "changed"
+    assert made.lines[0] == FULL["messages"][2]["content"] and made.rewards == (1.0, None)
+    assert (made.token_ids, made.flags) == (((5, 6, 1), (7, 1)), ("x",))
+
+
+@pytest.mark.parametrize(
     ("line", "named"),
     [
         (b"Hello!", "line 2: not a JSON object on one line .*Expecting value at column 1"),
@@ -303,7 +337,7 @@ def test_a_bad_field_is_named_with_file_and_line_and_the_lines_before_it_are_rea
         (b"[" * 100_000, "line 2: nested too deeply"),
         (b'{"a":' * 100_000, "line 2: nested too deeply"),
         (b'{"messages": ' + b"[" * 100_000, "line 2: nested too deeply"),
-        (b'{"group": ' + b"9" * 5000 + b"}", "line 2, .*4300"),
+        (b'{"group": ' + b"9" * 5000 + b"}", r"line 2: a whole number of more than \d+ digits"),
     ],
 )
 def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, line: bytes, named: str) -> None:
@@ -319,7 +353,7 @@ def test_a_line_that_is_no_json_object_is_named(tmp_path: Path, line: bytes, nam
 def test_a_log_of_nothing_is_refused(tmp_path: Path, content: bytes, packed: bool) -> None:
     path = tmp_path / "log.jsonl.gz"
     path.write_bytes(gzip.compress(content) if packed else content)
-    with pytest.raises(LogError, match=r"log\.jsonl\.gz is empty: it holds no trajectories"):
+    with pytest.raises(LogError, match=r"log\.jsonl\.gz is empty: it holds no dialogues"):
         list(read_log(path))
 
 
@@ -344,7 +378,7 @@ def test_a_plain_log_that_ends_in_the_middle_of_a_character_is_refused(tmp_path:
         list(read_log(path))
 
 
-def incompressible(number: int) -> Iterator[Trajectory]:
+def incompressible(number: int) -> Iterator[LoggedDialogue]:
     rng = random.Random(0)
     for i in range(number):
         text = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz ", k=600))
@@ -493,11 +527,11 @@ def test_any_text_comes_back(tmp_path: Path, texts: list[str]) -> None:
 
 
 def test_fields_that_are_not_known_are_kept(tmp_path: Path) -> None:
-    write_log(tmp_path / "log.jsonl", [parse_trajectory(FULL)])
+    write_log(tmp_path / "log.jsonl", [parse_dialogue(FULL)])
     assert json.loads((tmp_path / "log.jsonl").read_bytes()) == FULL
 
 
-def test_the_same_trajectories_give_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_dialogues_give_the_same_bytes(tmp_path: Path) -> None:
     one, other = tmp_path / "one.jsonl.gz", tmp_path / "other.jsonl.gz"
     for path in (one, other):
         write_log(path, incompressible(20))
@@ -517,18 +551,15 @@ def test_a_log_can_be_written_from_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "named"),
     [
-        (partial(dataclasses.replace, rewards=(1.0,)), "Trajectory 3 .*'rewards': 1 values for 2"),
-        (partial(dataclasses.replace, rewards=(1.0, math.nan)), r"Trajectory 3 .*'rewards\[1\]'"),
-        (partial(dataclasses.replace, extra={"a": math.nan}), "Trajectory 3 .*float values"),
-        (partial(dataclasses.replace, extra={"a": {1, 2}}), "Trajectory 3 .*set"),
-        (partial(dataclasses.replace, messages=[SYSTEM]), "Trajectory 3 .*says nothing"),
+        (partial(dataclasses.replace, extra={"a": math.nan}), "Dialogue 3 .*float values"),
+        (partial(dataclasses.replace, extra={"a": {1, 2}}), "Dialogue 3 .*set"),
     ],
 )
 def test_a_failure_in_the_middle_leaves_the_old_log(
     tmp_path: Path, name: str, bad: Any, named: str
 ) -> None:
     path = write(tmp_path / name, FULL)
-    good = parse_trajectory(FULL)
+    good = parse_dialogue(FULL)
     with pytest.raises(LogError, match=named):
         write_log(path, [good, good, bad(good)])
     assert [t.record() for t in read_log(path)] == [FULL]
@@ -538,8 +569,8 @@ def test_a_failure_in_the_middle_leaves_the_old_log(
 def test_an_error_of_the_source_goes_through_and_leaves_the_old_log(tmp_path: Path) -> None:
     path = write(tmp_path / "log.jsonl", FULL)
 
-    def broken() -> Iterator[Trajectory]:
-        yield parse_trajectory(FULL)
+    def broken() -> Iterator[LoggedDialogue]:
+        yield parse_dialogue(FULL)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -548,14 +579,14 @@ def test_an_error_of_the_source_goes_through_and_leaves_the_old_log(tmp_path: Pa
 
 
 def test_an_empty_log_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match="There are no trajectories to write"):
+    with pytest.raises(LogError, match="There are no dialogues to write"):
         write_log(tmp_path / "log.jsonl", [])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_extra_fields_do_not_hide_known_ones() -> None:
-    with pytest.raises(ValueError, match="judge, rewards are fields of a trajectory"):
-        dataclasses.replace(parse_trajectory(FULL), extra={"rewards": [0, 0], "judge": "me"})
+    with pytest.raises(ValueError, match="judge, rewards are fields of a dialogue"):
+        dataclasses.replace(parse_dialogue(FULL), extra={"rewards": [0, 0], "judge": "me"})
 
 
 # ---- what the trainers write ---------------------------------------------------------------------
@@ -618,7 +649,7 @@ NAMES = st.sampled_from(["", "a", "b", "c", "d", "e"])
 
 
 @st.composite
-def trajectories(draw: st.DrawFn) -> Trajectory:
+def dialogues(draw: st.DrawFn) -> LoggedDialogue:
     opening = draw(st.sampled_from([[], [("system", "x")], [("system", "y")], [("system", "z")]]))
     lines = [("user", "Hello!"), ("assistant", draw(st.sampled_from("stuvw")))]
     return told(
@@ -629,7 +660,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     )
 
 
-def marks_of(t: Trajectory) -> set[tuple[str, Any]]:
+def marks_of(t: LoggedDialogue) -> set[tuple[str, Any]]:
     """What must not be on both sides, told independently of the code."""
     texts = [m["content"] for m in t.messages]
     system = t.messages[0]["role"] == "system"
@@ -637,12 +668,12 @@ def marks_of(t: Trajectory) -> set[tuple[str, Any]]:
     marks = {("said", tuple(texts[system:]))} if long or not (system or t.persona) else set()
     marks |= {("persona", t.persona)} if t.persona else set()
     marks |= {("dialogue", t.dialogue)} if t.dialogue else set()
-    marks |= {("told", texts[0])} if system else set()
+    marks |= {("told", texts[0])} if system and not t.persona else set()
     marks |= {("group", str(t.group))} if not (system or t.persona or t.group is None) else set()
     return marks
 
 
-def families(everything: list[Trajectory]) -> list[set[int]]:
+def families(everything: list[LoggedDialogue]) -> list[set[int]]:
     """Connected components by repeated joining, slowly."""
     found: list[tuple[set[int], set[Any]]] = []
     for i, t in enumerate(everything):
@@ -656,16 +687,16 @@ def families(everything: list[Trajectory]) -> list[set[int]]:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(trajectories(), max_size=14),
+    st.lists(dialogues(), max_size=14),
     st.floats(0.01, 0.99),
     st.integers(0, 3),
 )
 def test_a_split_keeps_families_together_and_everything(
-    everything: list[Trajectory], share: float, seed: int
+    everything: list[LoggedDialogue], share: float, seed: int
 ) -> None:
     expected = families(everything)
     if len(expected) < 2:
-        with pytest.raises(ValueError, match=r"cannot be split|no trajectories"):
+        with pytest.raises(ValueError, match=r"cannot be split|no dialogues"):
             split_by_persona(everything, share, seed)
         return
     train_set, test_set = split_by_persona(everything, share, seed)
@@ -711,14 +742,14 @@ def test_where_every_persona_is_too_large_the_smallest_is_for_testing() -> None:
 
 
 def test_families_are_connected_through_others() -> None:
-    """a and b share a dialogue, b and c a text, c and d their words."""
+    """a and b share a dialogue, b and c their words, c and d (without an id) a text."""
     chain = [
         short("a", "One.", dialogue="x"),
-        short("b", "Two.", "You like tea.", dialogue="x"),
-        short("c", "Three.", "You like tea."),
-        short("d", "Three.", "You like cake."),
+        short("b", "Two.", dialogue="x"),
+        short("", "Two.", "You like tea."),
+        short("", "Three.", "You like tea."),
     ]
-    with pytest.raises(ValueError, match="All 4 trajectories belong together"):
+    with pytest.raises(ValueError, match="All 4 dialogues belong together"):
         split_by_persona(chain)
     for seed in range(10):
         train_set, test_set = split_by_persona([*chain, short("e")], 0.5, seed)
@@ -726,14 +757,56 @@ def test_families_are_connected_through_others() -> None:
 
 
 def test_personas_that_cannot_be_told_apart_are_named() -> None:
-    same = [short(f"p{i}", system="You are a helpful assistant.") for i in range(4)]
-    with pytest.raises(ValueError, match="4 of them share the persona text 'You are a helpful"):
+    same = [short("", f"Line {i}.", "You are a helpful assistant.") for i in range(4)]
+    with pytest.raises(
+        ValueError, match=r"4 of them share the persona text 'You are a helpful.*ids"
+    ):
         split_by_persona(same)
-    with pytest.raises(ValueError, match="There are no trajectories to split"):
+    with pytest.raises(ValueError, match="There are no dialogues to split"):
         split_by_persona([])
     for share in (0, 1, -0.5, math.nan):
         with pytest.raises(ValueError, match="test_share lies between 0 and 1"):
             split_by_persona(same, share)
+
+
+def test_a_system_message_that_is_the_same_for_all_does_not_join_personas_with_ids() -> None:
+    same = [short(f"p{i}", system="You are a helpful assistant.") for i in range(10)]
+    train_set, test_set = split_by_persona(same)
+    assert (len(train_set), len(test_set)) == (8, 2)
+    refuse_leaks(train_set, test_set)
+
+
+def test_a_file_is_split_as_its_dialogues_are(tmp_path: Path) -> None:
+    everything = [short(f"p{i // 2}", f"Line {i}.") for i in range(20)]
+    path = tmp_path / "log.jsonl"
+    write_log(path, everything)
+    parts = [tmp_path / "train.jsonl.gz", tmp_path / "test.jsonl"]
+    assert split_log(path, *parts, test_share=0.3, seed=1) == (14, 6)
+    assert tuple(list(read_log(part)) for part in parts) == split_by_persona(everything, 0.3, 1)
+    for same in ((path, parts[1]), (parts[0], path), (parts[0], parts[0])):
+        with pytest.raises(ValueError, match="The log and its two parts are three files"):
+            split_log(path, *same)
+    assert len(list(read_log(path))) == 20
+
+
+def test_the_command_splits_as_the_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    everything = [short(f"p{i // 2}", f"Line {i}.") for i in range(20)]
+    path, train_part, test_part = (tmp_path / f"{name}.jsonl" for name in ("log", "train", "test"))
+    write_log(path, everything)
+    words = ["ppg", "split", str(path), "--train", str(train_part), "--test", str(test_part)]
+    monkeypatch.setattr(sys, "argv", [*words, "--test-share", "0.3", "--seed", "1"])
+    cli.main()
+    parts = tuple(list(read_log(part)) for part in (train_part, test_part))
+    assert parts == split_by_persona(everything, 0.3, 1)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "train.jsonl: 14 dialogues" in shown and "test.jsonl: 6 dialogues" in shown
+    monkeypatch.setattr(sys, "argv", [*words[:4], str(path), *words[5:]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "are three files" in " ".join(capsys.readouterr().out.split())
+    assert len(list(read_log(path))) == 20
 
 
 def test_both_views_of_a_dialogue_are_one_dialogue_also_without_ids() -> None:
@@ -751,12 +824,12 @@ def test_both_views_of_a_dialogue_are_one_dialogue_also_without_ids() -> None:
     [
         (short("a", "Else.", "You are else."), "share the persona 'a'"),
         (short("b", dialogue="d"), "share the dialogue 'd'"),
-        (short("b", "Else.", "You are a."), r"share the persona text 'You are a\.' \(of persona"),
+        (short("", "Else.", "You are x."), r"share the persona text 'You are x\.'"),
         (short("b", "I am a.", "You are else."), r"share a dialogue, word by word \('Hello!'\)"),
     ],
 )
-def test_a_leak_is_refused_and_named(other: Trajectory, named: str) -> None:
-    train_set = [short("c"), short("a", dialogue="d")]
+def test_a_leak_is_refused_and_named(other: LoggedDialogue, named: str) -> None:
+    train_set = [short("c"), short("a", dialogue="d"), short("", "Hm.", "You are x.")]
     refuse_leaks(train_set, [short("z")])
     for sides in ((train_set, [short("z"), other]), ([short("z"), other], train_set)):
         with pytest.raises(LogError, match=r"split by persona .*never by line"):
@@ -777,7 +850,7 @@ def test_one_exchange_in_the_same_words_is_no_leak_between_personas() -> None:
         refuse_leaks([nobody], [nobody])
 
 
-def test_trajectories_of_which_nothing_is_known_go_by_group() -> None:
+def test_dialogues_of_which_nothing_is_known_go_by_group() -> None:
     lines = [[("user", "Hi."), ("assistant", f"{i}")] for i in range(4)]
     everything = [told(each, group=i // 2) for i, each in enumerate(lines)]
     train_set, test_set = split_by_persona(everything, 0.5)
@@ -856,7 +929,7 @@ LARGE = [record(group=1), record(group=-(2**63))]
 
 @pytest.mark.parametrize("records", [MIXED, GROUPS, LARGE, MIXED[:1], MIXED[1:2]])
 def test_rows_of_a_table_and_back_lose_nothing(records: list[dict[str, Any]]) -> None:
-    written = [parse_trajectory(one) for one in records]
+    written = [parse_dialogue(one) for one in records]
     rows = _rows(written)
     assert len({tuple(row) for row in rows}) == 1  # the same columns
     groups = [row["group"] for row in rows if row.get("group") is not None]
@@ -877,7 +950,7 @@ def test_rows_of_a_table_and_back_lose_nothing(records: list[dict[str, Any]]) ->
 )
 @pytest.mark.parametrize("records", [MIXED, GROUPS, LARGE, MIXED[:1], MIXED[1:2]])
 def test_a_dataset_and_back_loses_nothing(records: list[dict[str, Any]]) -> None:
-    written = [parse_trajectory(one) for one in records]
+    written = [parse_dialogue(one) for one in records]
     table = to_dataset(iter(written))
     assert len(table) == len(records)
     assert {"role", "content"} == set(table[0]["messages"][0])
@@ -910,19 +983,19 @@ def test_a_dataset_of_ones_own_is_read_by_column() -> None:
         (record(rest_json='{"messages": [{}]}'), "row 1, "),
     ],
 )
-def test_a_row_that_is_no_trajectory_is_named(row: dict[str, Any], named: str) -> None:
+def test_a_row_that_is_no_dialogue_is_named(row: dict[str, Any], named: str) -> None:
     rows = from_dataset([FULL, row])
-    assert next(rows) == parse_trajectory(FULL)
+    assert next(rows) == parse_dialogue(FULL)
     with pytest.raises(LogError, match=named):
         next(rows)
 
 
 def test_rows_are_records_again() -> None:
-    (row,) = _rows([parse_trajectory(FULL)])
+    (row,) = _rows([parse_dialogue(FULL)])
     assert _record_of(row) == FULL
 
 
 def test_without_datasets_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):
-        to_dataset([parse_trajectory(FULL)])
+        to_dataset([parse_dialogue(FULL)])

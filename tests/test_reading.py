@@ -38,8 +38,8 @@ from tiny_models import (
 from tiny_worlds import EchoDialogues
 
 from agents.lm_policy import LMPolicy
-from agents.logs import LogError, parse_trajectory
-from agents.reading import OPENING, read_dialogues
+from agents.logs import OPENING, LogError, parse_dialogue
+from agents.reading import read_dialogues, refuse_unreadable
 from agents.rollout import RolloutBatch, collect_rollouts
 from agents.tape import Tape
 
@@ -58,7 +58,7 @@ each_style = pytest.mark.parametrize("style", MORE_STYLES.values(), ids=MORE_STY
 
 def through_json(record: dict[str, Any]) -> Any:
     """Return the logged dialogue of a record that was written and read."""
-    return parse_trajectory(json.loads(json.dumps(record)))
+    return parse_dialogue(json.loads(json.dumps(record)))
 
 
 def logged(batch: RolloutBatch) -> list[Any]:
@@ -68,7 +68,7 @@ def logged(batch: RolloutBatch) -> list[Any]:
 def told(chat: Sequence[dict[str, str]], **more: Any) -> Any:
     """Return a logged dialogue that is known as text."""
     own = sum(message["role"] == "assistant" for message in chat)
-    return parse_trajectory({"messages": list(chat), "rewards": [1.0] * own, **more})
+    return parse_dialogue({"messages": list(chat), "rewards": [1.0] * own, **more})
 
 
 def chat_of(lines: Sequence[str], system: bool = True) -> Chat:
@@ -171,19 +171,67 @@ def test_no_dialogues_are_an_empty_tape() -> None:
 # --- ids that are missing or of another tokenizer -------------------------------------------------
 
 
-def test_ids_of_another_tokenizer_are_refused_by_name() -> None:
-    batch = collect_rollouts(EchoDialogues(2), tiny_policy(), seed=2)
-    log = [replace(trajectory, persona="ada") for trajectory in logged(batch)]
+def test_ids_of_another_tokenizer_are_refused() -> None:
+    log = logged(collect_rollouts(EchoDialogues(2), tiny_policy(), seed=2))
     policy = STYLES["llama3"].policy()
     message = (
-        rf"persona 'ada' was logged as ids of the tokenizer {log[0].tokenizer}, \S+ has "
+        rf"^x\.jsonl, dialogue 3: logged as ids of the tokenizer {log[0].tokenizer}, \S+ has "
         rf"{policy.tokenizer_fingerprint}.*tokenise_again"
     )
     with pytest.raises(LogError, match=message):
-        read_dialogues(policy, log)
+        refuse_unreadable(policy, log[0], "x.jsonl, dialogue 3")
     with pytest.raises(LogError, match="tokenizer of an unknown model"):
-        read_dialogues(policy, [replace(log[0], tokenizer="")])
+        refuse_unreadable(policy, replace(log[0], tokenizer=""), "")
+    refuse_unreadable(policy, log[0], "", tokenise_again=True)
     assert STYLES["chatml"].policy().tokenizer_fingerprint != policy.tokenizer_fingerprint
+
+
+def test_ids_beyond_the_vocabulary_are_refused() -> None:
+    policy = tiny_policy()
+    (one, *_) = logged(collect_rollouts(EchoDialogues(2), policy, seed=2))
+    ids = [[*one.token_ids[0][:-1], 320], *one.token_ids[1:]]
+    broken = replace(one, token_ids=ids, logprobs=None)
+    with pytest.raises(LogError, match=r"^here: token id 320, and \S+ knows 320 tokens\. .*again"):
+        refuse_unreadable(policy, broken, "here")
+    refuse_unreadable(policy, broken, "here", tokenise_again=True)
+    texts = replace(one, token_ids=None, logprobs=None)
+    found = read_dialogues(policy, [broken], tokenise_again=True)
+    assert_same_tape(found, read_dialogues(policy, [texts]))
+
+
+@each_style
+@several_sequences
+def test_ids_that_say_another_line_than_the_log_are_refused(
+    style: Style, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = style.policy(max_new_tokens=9, temperature=0.9)
+    for dialogue in logged(collect_rollouts(EchoDialogues(4), policy, seed=1)):
+        refuse_unreadable(policy, dialogue, "here")
+    follow_scripts(monkeypatch)
+    lines = style.written(policy)
+    tape, history = converse(policy, [Script(*lines)])
+    ids = [ids.tolist() for ids, _ in tape.lines(0)]
+    one = told(history[-1][0], token_ids=ids, tokenizer=policy.tokenizer_fingerprint)
+    refuse_unreadable(policy, one, "here")
+    # Blanks around a line are no other line, a letter is.
+    own = [i for i, message in enumerate(one.messages) if message["role"] == "assistant"]
+    for text, is_other in ((" {} ", False), ("{}!", True), ("No.", True)):
+        chat = [dict(message) for message in one.messages]
+        chat[own[1]]["content"] = text.format(chat[own[1]]["content"])
+        if is_other:
+            with pytest.raises(LogError, match=r"^here: the ids of line 1 say '.*', the log has"):
+                refuse_unreadable(policy, replace(one, messages=chat), "here")
+        else:
+            refuse_unreadable(policy, replace(one, messages=chat), "here")
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_half_a_character_is_refused_before_a_tokenizer_meets_it(role: str) -> None:
+    chat = chat_of(["No."])
+    for message in chat:
+        message["content"] += "\ud83d" if message["role"] == role else "\u2019"
+    with pytest.raises(LogError, match=rf"^here: a line of '{role}' holds half a character"):
+        refuse_unreadable(tiny_policy(), told(chat), "here")
 
 
 def test_texts_stand_in_for_ids_of_another_tokenizer_if_asked_for() -> None:

@@ -31,7 +31,7 @@ from agents import PPGAgent, PPOAgent
 from agents import train as train_module
 from agents.checkpoint import CheckpointError
 from agents.lm_policy import LMPolicy
-from agents.logs import parse_trajectory
+from agents.logs import parse_dialogue
 from agents.ppg import DivergedError
 from agents.runs import RunFolder, read_metrics
 from agents.train import TrainConfig, make_agent, train
@@ -123,7 +123,7 @@ def test_the_manifest_says_what_was_run_with_what_on_what(config: TrainConfig) -
     assert settings["credit"] == "kstep:3" and settings["learning_rate"] == 1e-3
     memory = {"device", "checkpoint_every", "token_budget", "gradient_checkpointing"}
     memory |= {"verdict_cache", "keep_transcripts"}
-    assert set(vars(config)) - set(settings) == {"run", "tracker", "k"} | memory
+    assert set(vars(config)) - set(settings) == {"run", "tracker", "k", "offline_settings"} | memory
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"].keys() >= {"python", "numpy", "transformers", "accelerate"}
     assert re.fullmatch("[0-9a-f]{16}", manifest["data"]["weights"])
@@ -360,13 +360,19 @@ def test_every_metric_is_documented_and_every_documented_metric_is_logged() -> N
         logged.append(set(agent.log))
         assert all(math.isfinite(value) for value in agent.log.values())
     log = [
-        parse_trajectory({**record, "persona": f"{i}", "group": i})
+        parse_dialogue({**record, "persona": f"{i}", "rewards": [i % 2] * len(record["rewards"])})
         for i, record in enumerate(agent.batch.records())
     ]
     offline = PPGAgent(tiny_policy(), None, "full", seed=0, learning_rate=0.05)
     with pytest.warns(UserWarning, match="effective sample size"):
         offline.learn_offline(
-            log[:2], validation=log[2:], epochs=9, importance=True, sft_coef=1.0, min_ess=1.0
+            log[:2],
+            validation=log[2:],
+            epochs=9,
+            patience=9,
+            importance=True,
+            sft_coef=1.0,
+            min_ess=1.0,
         )
     logged.append(set().union(*offline.history))
     talking = gym.make_vec(

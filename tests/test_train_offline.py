@@ -14,15 +14,20 @@ import gymnasium as gym
 import pytest
 import torch
 from test_cli import Terminal
+from test_reading import chat_of, told
 from test_train import ROOT, changed, go, spoil_gradients
 from tiny_models import tiny_policy
 
 from agents import PPGAgent, cli, evaluate_policy
+from agents import offline as offline_module
 from agents import train as train_module
+from agents.credit import credit_weights
 from agents.logs import LogError, read_log, write_log
+from agents.offline_settings import OfflineSettings
 from agents.ppg import DivergedError
 from agents.runs import RunFolder, read_metrics
 from agents.train import TrainConfig, make_agent, train
+from ppg_env import get_domain
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +66,14 @@ def config(logs: Path, tmp_path: Path) -> TrainConfig:
         validation=str(logs / "held_out.jsonl"),
         run=str(tmp_path / "run"),
         device="cpu",
-        max_turns=2,
-        n_epochs=2,
-        batch_size=4,
         learning_rate=1e-3,
+        offline_settings=OfflineSettings(epochs=2, batch_size=4),
     )
+
+
+def with_settings(config: TrainConfig, **settings: Any) -> TrainConfig:
+    """Return the run with other settings of learning from logs."""
+    return changed(config, offline_settings=replace(config.offline_settings, **settings))
 
 
 def weights_of(agent: PPGAgent) -> torch.Tensor:
@@ -113,19 +121,26 @@ def test_the_manifest_knows_the_logs_by_their_contents(config: TrainConfig) -> N
     for name, path in (("log", config.offline), ("validation", config.validation)):
         assert data[name] == sha256(Path(str(path)).read_bytes()).hexdigest()
     settings = manifest_of(config)["settings"]
-    assert settings["offline"] == config.offline and settings["method"] == "ppg"
+    assert settings["offline"] == config.offline
+    assert settings["offline_settings.method"] == "ppg" and settings["domain"] == "chatting"
 
 
 def test_the_log_of_a_training_run_is_read_as_it_is(logs: Path, config: TrainConfig) -> None:
-    config = changed(config, offline=str(logs / "run" / "transcripts.jsonl"), validation=None)
-    log = list(read_log(str(config.offline)))
-    policy = make_agent(config).policy
-    assert len(log) == 12 and len({trajectory.group for trajectory in log}) == 6
-    assert {trajectory.tokenizer for trajectory in log} == {policy.tokenizer_fingerprint}
-    agent = go(changed(config, importance=True, baseline="leave_one_out"))
+    written = str(logs / "run" / "transcripts.jsonl")
+    log, policy = list(read_log(written)), make_agent(config).policy
+    assert len(log) == 12 and len({dialogue.group for dialogue in log}) == 6
+    assert {dialogue.tokenizer for dialogue in log} == {policy.tokenizer_fingerprint}
+    imitating = with_settings(changed(config, offline=written, validation=None), method="sft")
+    assert go(imitating).history[0]["offline/dropped_turns"] == 0.0
+
+
+def test_importance_weights_of_a_run_that_has_just_spoken_are_about_one(
+    config: TrainConfig,
+) -> None:
+    config = changed(config, validation=None)
+    agent = go(with_settings(config, importance=True, baseline="leave_one_out"))
     # Played with the weights at the start, or one update later.
     assert agent.history[0]["offline/ess"] > 0.9
-    assert agent.history[0]["offline/dropped_turns"] == 0.0
 
 
 def test_plain_and_gzipped_logs_are_one_log(config: TrainConfig, tmp_path: Path) -> None:
@@ -138,17 +153,23 @@ def test_plain_and_gzipped_logs_are_one_log(config: TrainConfig, tmp_path: Path)
 
 @pytest.mark.parametrize("method", ["sft", "filtered"])
 def test_baselines_of_imitation_are_a_flag_away(method: str, config: TrainConfig) -> None:
-    agent = go(changed(config, method=method, validation=None, patience=None))
+    agent = go(with_settings(changed(config, validation=None), method=method))
     means = [row["offline/weight_mean"] for row in agent.history[:3]]
     assert sum(means) / 3 == pytest.approx({"sft": 1.0, "filtered": 0.25}[method])
 
 
-def test_an_early_stop_keeps_the_best_pass(config: TrainConfig) -> None:
-    agent = go(changed(config, n_epochs=30, learning_rate=0.01, patience=2))
+def test_an_early_stop_keeps_the_best_pass_and_says_which(config: TrainConfig) -> None:
+    config = with_settings(changed(config, learning_rate=0.01), epochs=30, patience=2, method="sft")
+    agent = go(config)
     losses = [v for row in agent.history if (v := row.get("offline/validation_loss")) is not None]
-    assert len(losses) == losses.index(min(losses)) + 3 < 30
+    best = losses.index(min(losses)) + 1
+    assert len(losses) == best + 2 < 30
+    result = json.loads((Path(config.run) / "result.json").read_text())
+    assert result["kept_epoch"] == best == result["last"]["offline/best_epoch"]
+    bests = [row["offline/best_epoch"] for row in agent.history if "offline/best_epoch" in row]
+    assert bests == [1 + losses.index(min(losses[: n + 1])) for n in range(len(losses))]
     saved = PPGAgent.load(Path(config.run) / "agent")
-    found = saved.offline_loss(str(config.validation))
+    found = saved.offline_loss(str(config.validation), method="sft")
     assert found == pytest.approx(min(losses), rel=1e-4)
 
 
@@ -157,8 +178,12 @@ def test_the_trained_agent_can_be_evaluated(
 ) -> None:
     flags = ("--offline", str(config.offline), "--model", config.model, "--device", "cpu")
     run = tmp_path / "by command"
-    code = terminal.run("train", *flags, "--batch-size", "6", "--run", str(run))
+    more = ("--validation", str(config.validation), "--offline-settings.batch-size", "6")
+    patient = ("--offline-settings.epochs", "2", "--offline-settings.patience", "9")
+    code = terminal.run("train", *flags, *more, *patient, "--run", str(run))
     assert code == 0, terminal.output
+    best = json.loads((run / "result.json").read_text())["kept_epoch"]
+    assert f"It is that of epoch {best:.0f}, the best on the validation log" in terminal.words
     assert str(run / "agent") in terminal.words
     personas = tmp_path / "personas.jsonl"
     lines = (ROOT / "ppg_env/data/chatting.jsonl").read_text(encoding="utf-8").splitlines()[:3]
@@ -207,9 +232,9 @@ def test_a_finished_run_is_refused_and_left_alone(config: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"method": "sft"}, "method is 'ppg' there and 'sft' now"),
-        ({"n_epochs": 3}, "n_epochs is 2 there and 3 now"),
-        ({"sft_coef": 0.5}, r"sft_coef is 0\.0 there and 0\.5 now"),
+        ({"method": "sft"}, r"offline_settings\.method is 'ppg' there and 'sft' now"),
+        ({"epochs": 3}, r"offline_settings\.epochs is 2 there and 3 now"),
+        ({"sft_coef": 0.5}, r"offline_settings\.sft_coef is 0\.0 there and 0\.5 now"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -218,7 +243,27 @@ def test_a_run_with_other_settings_is_refused(
 ) -> None:
     go(config)
     with pytest.raises(FileExistsError, match=rf"holds another run \({message}\)"):
-        go(changed(config, **change))
+        go(with_settings(config, **change))
+
+
+def test_settings_of_playing_neither_refuse_nor_change_a_run(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    plain = go(config)
+    playing: dict[str, Any] = {
+        "episodes": 7,
+        "group_size": 3,
+        "max_turns": 1,
+        "noise": 0.5,
+        "personas": "nowhere.jsonl",
+        "judge": "openai:x@http://127.0.0.1:9",
+        "total_timesteps": 1,
+    }
+    other = changed(config, run=str(tmp_path / "other"), **playing)
+    assert torch.equal(weights_of(go(other)), weights_of(plain))
+    assert manifest_of(other)["settings"] == manifest_of(config)["settings"]
+    with pytest.raises(FileExistsError, match="holds a finished run"):  # it is this very run
+        go(changed(config, **playing))
 
 
 def test_a_run_on_another_log_of_the_same_name_is_refused(
@@ -239,9 +284,69 @@ def test_a_run_on_another_log_of_the_same_name_is_refused(
 def test_a_log_of_another_domain_is_refused_before_the_run_folder_is_made(
     config: TrainConfig,
 ) -> None:
-    with pytest.raises(LogError, match=r"of the domain 'chatting', .*'therapy'; say --domain chat"):
+    with pytest.raises(
+        LogError, match=r"of the domain 'chatting', .*'therapy'; leave out --domain"
+    ):
         go(changed(config, domain="therapy"))
     assert not Path(config.run).exists()
+
+
+@pytest.mark.parametrize("domain", ["customer_service", "therapy", ""])
+def test_a_run_takes_its_domain_from_the_log_whatever_it_is(
+    domain: str, config: TrainConfig, tmp_path: Path, terminal: Terminal
+) -> None:
+    path = tmp_path / "log.jsonl"
+    write_log(path, (replace(t, domain=domain) for t in read_log(str(config.offline))))
+    config = changed(config, offline=str(path), validation=None)
+    go(config)
+    assert manifest_of(config)["settings"]["domain"] == (domain or None)
+    flags = ("--offline", str(path), "--model", config.model, "--device", "cpu")
+    code = terminal.run("train", *flags, "--run", str(tmp_path / "by command"))
+    assert code == 0, terminal.output
+
+
+@pytest.mark.parametrize("turns", [2, 5])
+def test_segments_follow_the_phases_of_the_logs_domain_for_dialogues_as_long_as_logged(
+    turns: int, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = [turns, 1, turns, 1, turns, 1]
+    log = [
+        told(chat_of([f"No. {i}"] * number), domain="therapy", persona=f"p{i}")
+        for i, number in enumerate(numbers)
+    ]
+    log[-1] = replace(log[-1], rewards=(0.5,))  # held out, two earn differently
+    write_log(tmp_path / "log.jsonl", log[:4])
+    write_log(tmp_path / "held_out.jsonl", log[4:])
+    config = changed(
+        config,
+        offline=str(tmp_path / "log.jsonl"),
+        validation=str(tmp_path / "held_out.jsonl"),
+        credit="segment",
+    )
+    used = []
+    monkeypatch.setattr(
+        offline_module,
+        "credit_weights",
+        lambda credit, number, phases, **more: (
+            used.append((number, tuple(phases))) or credit_weights(credit, number, phases, **more)
+        ),
+    )
+    go(config)
+    assert set(used) == {(turns, tuple(get_domain("therapy").phase_boundaries(turns)))}
+
+
+@pytest.mark.parametrize("domain", ["customer_service", ""])
+def test_segments_of_a_domain_without_phases_are_refused_with_the_remedy(
+    domain: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "log.jsonl"
+    write_log(path, (replace(t, domain=domain) for t in read_log(str(config.offline))))
+    config = changed(config, offline=str(path), validation=None, credit="segment")
+    why = "Unknown domain 'customer_service'" if domain else "names no domain"
+    with pytest.raises(LogError, match=rf"phases of the log's domain.*{why}.*segment:N"):
+        go(config)
+    assert not Path(config.run).exists()
+    go(changed(config, credit="segment:1"))
 
 
 def test_a_log_that_does_not_exist_is_refused_before_the_run_folder_is_made(
@@ -256,20 +361,30 @@ def test_a_log_that_does_not_exist_is_refused_before_the_run_folder_is_made(
     ("change", "message"),
     [
         ({"validation": "nowhere.jsonl"}, "nowhere"),
-        ({"method": "dpo"}, "'filtered', got 'dpo'"),
-        ({"baseline": "value"}, "Unknown baseline 'value'"),
-        ({"patience": 1, "validation": None}, "patience=1 needs validation data"),
+        ({"offline_settings": {"patience": 1}, "validation": None}, "patience=1 needs validation"),
+        ({"offline_settings": {"baseline": "group_mean", "batch_size": 1}}, "a batch_size above 1"),
+        ({"offline_settings": {"max_weight": 0.0}}, "Nothing can be learned from"),
         ({"algorithm": "ppo"}, "learns from its own dialogues only"),
+        ({"n_epochs": 3}, r"about playing; .*--offline-settings\.epochs"),
+        ({"batch_size": 3}, r"about playing; .*--offline-settings\.batch-size"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+    ids=str,
 )
 def test_what_cannot_be_learned_from_leaves_a_clean_place(
     change: dict[str, Any], message: str, config: TrainConfig
 ) -> None:
+    settings = replace(config.offline_settings, **change.get("offline_settings", {}))
     with pytest.raises((ValueError, OSError), match=message):
-        go(changed(config, **change))
+        go(changed(config, **{**change, "offline_settings": settings}))
     assert not Path(config.run).exists()  # the corrected command finds a clean place
     go(config)
+
+
+def test_a_folder_in_place_of_a_log_is_answered_with_the_log_in_it(
+    logs: Path, config: TrainConfig
+) -> None:
+    with pytest.raises(LogError, match=r"is a folder; its log is .*run/transcripts\.jsonl"):
+        go(changed(config, offline=str(logs / "run")))
 
 
 def test_a_leak_leaves_a_clean_place(config: TrainConfig) -> None:
@@ -279,8 +394,8 @@ def test_a_leak_leaves_a_clean_place(config: TrainConfig) -> None:
 
 
 def test_settings_of_offline_learning_without_a_log_are_refused() -> None:
-    for change in ({"validation": "x.jsonl"}, {"method": "sft"}, {"importance": True}):
-        with pytest.raises(ValueError, match="offline"):
+    for change in ({"validation": "x.jsonl"}, {"offline_settings": OfflineSettings(method="sft")}):
+        with pytest.raises(ValueError, match="are for learning from a log: give offline"):
             TrainConfig(**change)
 
 
