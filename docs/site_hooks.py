@@ -21,10 +21,11 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=_links(text)))
-    for path in sorted((ROOT / "examples").glob("[0-9]*")):
+    for path in sorted((ROOT / "examples").rglob("[0-9]*")):
         text = path.read_text(encoding="utf-8")
         shown = _notebook(text) if path.suffix == ".ipynb" else f"# {path.stem}\n\n{_code(text)}"
-        files.append(File.generated(config, f"examples/{path.stem}.md", content=shown))
+        page = path.relative_to(ROOT).with_suffix(".md").as_posix()
+        files.append(File.generated(config, page, content=shown))
     return files
 
 

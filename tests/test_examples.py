@@ -22,7 +22,7 @@ from agents.runs import read_metrics
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 README = ROOT / "README.md"
-NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 
 
 def run_example(name: str, *arguments: str) -> str:
@@ -60,9 +60,9 @@ def server() -> Iterator[ChatServer]:
 
 
 @pytest.mark.slow
-def test_the_fourth_example_speaks_with_models_behind_an_endpoint(server: ChatServer) -> None:
+def test_the_third_example_speaks_with_models_behind_an_endpoint(server: ChatServer) -> None:
     shown = run_example(
-        "04_endpoint_partner_and_judge.py", "--model", server.model, "--url", server.url
+        "03_endpoint_partner_and_judge.py", "--model", server.model, "--url", server.url
     )
     assert re.search(r"^4 turns, [0-4] of them scored", shown, re.M)
     spoken = re.findall(r"patient.*: (.+?)\s+\S*\[", shown)
@@ -71,7 +71,7 @@ def test_the_fourth_example_speaks_with_models_behind_an_endpoint(server: ChatSe
 
 
 @pytest.mark.slow
-def test_the_sixth_example_learns_from_a_log(tmp_path: Path) -> None:
+def test_the_fourth_example_learns_from_a_log(tmp_path: Path) -> None:
     said = ["I like tea.", "My sister came by.", "It rained all day.", "I work at night."]
     log = [
         parse_dialogue(
@@ -90,7 +90,7 @@ def test_the_sixth_example_learns_from_a_log(tmp_path: Path) -> None:
         for i in range(24)
     ]
     write_log(tmp_path / "log.jsonl.gz", log)
-    shown = run_example("06_published_dialogues.py", str(tmp_path / "log.jsonl.gz"))
+    shown = run_example("04_published_dialogues.py", str(tmp_path / "log.jsonl.gz"))
     assert "24 dialogues, 48 lines of the agent: 24 consistent, 16 contradict, 8 unscor" in shown
     losses = [float(x) for x in re.findall(r"^epoch \d: loss +([\d.]+),", shown, re.M)]
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]

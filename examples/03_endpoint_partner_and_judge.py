@@ -4,9 +4,9 @@ Any OpenAI-compatible server will do; this one comes with transformers and needs
 
     pip install "partial-policy-gradients[chat]" "transformers[serving]"
     transformers serve                                      # in another terminal
-    python examples/04_endpoint_partner_and_judge.py --model Qwen/Qwen3-4B-Instruct-2507
+    python examples/03_endpoint_partner_and_judge.py --model Qwen/Qwen3-4B-Instruct-2507
 
-    python examples/04_endpoint_partner_and_judge.py --model NAME --url http://localhost:8000/v1
+    python examples/03_endpoint_partner_and_judge.py --model NAME --url http://localhost:8000/v1
 
 The agent is the bundled tiny model, so that nothing else has to be loaded. A key, where the server
 wants one, is read from the environment variable OPENAI_API_KEY.

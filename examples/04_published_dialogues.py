@@ -1,7 +1,7 @@
 """Learn from real dialogues: the published files of Consistent-LLMs, their verdicts as rewards.
 
     ppg import consistent-llms FOLDER --out published.jsonl.gz --domain education
-    python examples/06_published_dialogues.py published.jsonl.gz
+    python examples/04_published_dialogues.py published.jsonl.gz
 
 FOLDER is a copy of the published dialogue files; they are not part of this project. Any other log
 works as well. The bundled model knows too few words for real text, so a model of about its size is
