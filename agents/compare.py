@@ -3,12 +3,14 @@
 A cell trains one method in one domain on so many dialogues with one seed and evaluates it on
 held-out personas; "untrained" only evaluates. Cells of one seed meet the same personas with the
 same partners. They run in processes of one torch thread each and leave their result in
-RUN/<domain>/noise-<noise>/<method>/<budget>/seed-<seed>. Interrupted, a comparison goes on with the
-cells that are missing; a cell that fails leaves its error there and stops no other.
+RUN/<domain>/noise-<noise>/<method>/<budget>/seed-<seed>; RUN/plan.json lists them all. Interrupted,
+a comparison goes on with the cells that are missing; a cell that fails leaves its error there and
+stops no other.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import time
@@ -30,6 +32,8 @@ from .runs import RunFolder, read_metrics
 from .train import TrainConfig, agent_settings, make_envs, make_policy
 
 DOMAINS = ("chatting", "education", "therapy")
+PLAN = "plan.json"
+"""Of a run folder: the cells that belong to it, begun or not."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,23 @@ def cells(c: CompareConfig) -> list[Cell]:
     return list(dict.fromkeys(found))
 
 
+def planned_cells(run: str | Path) -> list[Cell]:
+    """Return the cells that belong to a run folder, as far as it says so.
+
+    Raises:
+        ValueError: its plan cannot be read.
+    """
+    file = Path(run) / PLAN
+    if not file.exists():
+        return []
+    try:
+        return [Cell(**cell) for cell in json.loads(file.read_text(encoding="utf-8"))]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}); remove it, it only tells which cells are missing."
+        ) from error
+
+
 def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
     """Train and evaluate one cell; return its result (from disk if it is complete already)."""
     folder = RunFolder(cell.folder(c.run), cell_settings(cell, c))
@@ -191,6 +212,7 @@ def compare(
     known = {
         cell: Outcome(result) for cell in everything if (result := _finished(cell, c)) is not None
     }
+    _write_plan(Path(c.run), everything)
     pending = deque(cell for cell in everything if cell not in known)
     suspects: deque[Cell] = deque()
 
@@ -209,6 +231,15 @@ def compare(
             suspects.extend(died)
     show(())
     return {cell: known[cell] for cell in everything}
+
+
+def _write_plan(run: Path, new: Sequence[Cell]) -> None:
+    """Add cells to the run folder's plan."""
+    run.mkdir(parents=True, exist_ok=True)
+    cells_of_run = dict.fromkeys([*planned_cells(run), *new])
+    draft = run / f"{PLAN}.part"
+    draft.write_text(json.dumps([asdict(cell) for cell in cells_of_run]), encoding="utf-8")
+    draft.replace(run / PLAN)
 
 
 def _run(

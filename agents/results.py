@@ -5,8 +5,8 @@
         print(row.domain, row.method, row.budget, row.metrics["reward"], row.over_full)
 
 A row is one method under one budget in one world (a domain and its noise), over all seeds. Nothing
-is dropped silently: failed and unfinished cells, and all that should not be mixed, are in
-`warnings`.
+is dropped silently: cells that failed, stopped or never began, and all that should not be
+mixed, are in `warnings`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import Cell
+from .compare import PLAN, Cell, planned_cells
 from .methods import UNTRAINED
 from .runs import ERROR, MANIFEST, RESULT
 from .statistics import (
@@ -56,10 +56,12 @@ class CellRecord:
 
     @property
     def state(self) -> str:
-        """Return "complete", "failed" or "unfinished"."""
+        """Return "complete", "failed", "unfinished" or "not begun"."""
         if self.result is not None:
             return "complete"
-        return "failed" if self.error else "unfinished"
+        if self.error:
+            return "failed"
+        return "unfinished" if self.made_with else "not begun"
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Row:
         beats_full: how likely a run of it beats one of full planning on the same persona.
         p_full, p_best: p-values of the two differences after Holm's correction for all methods of
             this world and budget.
-        missing: cells that failed or are unfinished.
+        missing: cells that failed, are unfinished or were planned and not begun.
     """
 
     domain: str
@@ -175,8 +177,17 @@ def _read_cells(run: Path) -> list[CellRecord]:
             )
         )
     if not found:
-        raise FileNotFoundError(f"There is no comparison in {run}; make one with ppg compare.")
-    return found
+        one = " It holds a training run, whose curves are in metrics.jsonl."
+        raise FileNotFoundError(
+            f"There is no comparison in {run}; make one with ppg compare."
+            f"{one if (run / MANIFEST).exists() else ''}"
+        )
+    begun = {record.cell for record in found}
+    return found + [
+        CellRecord(cell, cell.folder(run), found[0].settings, {}, None, "")
+        for cell in planned_cells(run)
+        if cell not in begun
+    ]
 
 
 def _json(file: Path) -> dict[str, Any] | None:
@@ -332,6 +343,7 @@ def _warnings(records: Sequence[CellRecord], rows: Sequence[Row]) -> list[str]:
     for state, remedy in (
         ("failed", "their errors are below; the same command tries them again"),
         ("unfinished", "the same command goes on with them"),
+        ("not begun", f"the same command begins them ({PLAN} lists them)"),
     ):
         number = sum(record.state == state for record in records)
         if number:
@@ -349,8 +361,8 @@ def _warnings(records: Sequence[CellRecord], rows: Sequence[Row]) -> list[str]:
     if any(len(seeds) > 1 for seeds in groups.values()):
         found.append("Methods differ in their seeds; differences are over the seeds both have.")
     made_with = {
-        "git commits": [record.made_with.get("git_commit") for record in records],
-        "versions": [record.made_with.get("versions") for record in records],
+        "git commits": [made.get("git_commit") for r in records if (made := r.made_with)],
+        "versions": [made.get("versions") for r in records if (made := r.made_with)],
     }
     for name, each in made_with.items():
         kinds = list(dict.fromkeys(json.dumps(one, sort_keys=True) for one in each))

@@ -13,7 +13,16 @@ from typing import Any
 import pytest
 
 from agents import PPGAgent
-from agents.compare import Cell, CompareConfig, Outcome, cells, compare, run_cell
+from agents.compare import (
+    PLAN,
+    Cell,
+    CompareConfig,
+    Outcome,
+    cells,
+    compare,
+    planned_cells,
+    run_cell,
+)
 from agents.methods import UNTRAINED
 from agents.runs import read_metrics, read_transcripts
 
@@ -59,7 +68,8 @@ def as_text(result: Mapping[str, Any], leave_out: Collection[str] = ()) -> str:
 
 
 def files_of(c: CompareConfig) -> dict[Path, int]:
-    return {file: file.stat().st_mtime_ns for file in Path(c.run).rglob("*") if file.is_file()}
+    files = (file for file in Path(c.run).rglob("*") if file.is_file() and file.name != PLAN)
+    return {file: file.stat().st_mtime_ns for file in files}
 
 
 def wait_for_children_to_end(seconds: float = 10.0) -> list[Any]:
@@ -160,6 +170,7 @@ def test_running_again_keeps_finished_cells_and_runs_the_missing_ones(
         assert as_text(again[cell]) == as_text(result)  # times too: read, not run
     assert {file: time for file, time in files_of(config).items() if file in before} == before
     assert again[Cell("chatting", "greedy", 4)]["num_timesteps"] == 8
+    assert planned_cells(config.run) == list(dict.fromkeys([*cells(config), *cells(more)]))
 
 
 def test_a_finished_cell_is_read_and_not_run(

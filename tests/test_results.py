@@ -114,6 +114,24 @@ def test_failed_and_unfinished_cells_are_counted(tmp_path: Path) -> None:
     assert row.over_full is not None and row.over_full.num_seeds == 1
 
 
+def test_cells_that_were_planned_and_never_begun_are_counted(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
+    assert not read_comparison(tmp_path).warnings  # no plan, as of older runs
+    methods = ("greedy", "discounted:0.5")
+    planned = [Cell("therapy", method, 64, seed) for method in methods for seed in (2, 3)]
+    (tmp_path / "plan.json").write_text(json.dumps([vars(cell) for cell in planned]))
+    found = read_comparison(tmp_path)
+    assert (row_of(found, "greedy").seeds, row_of(found, "greedy").missing) == ((0, 1, 2), 1)
+    never = row_of(found, "discounted:0.5")
+    assert (never.seeds, never.missing, dict(never.metrics)) == ((), 2, {})
+    assert "3 of 15 cells not begun: the same command begins them" in " ".join(found.warnings)
+    assert not any("made with different" in warning for warning in found.warnings)
+    for text in ("[", '[{"domain": "therapy"}, {"colour": 1}]'):
+        (tmp_path / "plan.json").write_text(text)
+        with pytest.raises(ValueError, match=r"plan\.json is damaged .*; remove it"):
+            read_comparison(tmp_path)
+
+
 def test_a_method_that_failed_everywhere_keeps_its_row(tmp_path: Path) -> None:
     write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
     for seed in range(3):
