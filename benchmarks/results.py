@@ -1,4 +1,4 @@
-"""The evidence of docs/results.md: every method, domain and budget, and the noise of the partner.
+"""The evidence of docs/results.md: every method, domain and budget, noise, and gradient pilots.
 
     python -m benchmarks.results                  # under 2 hours on 2 cores
     python -m benchmarks.results --quick          # under 6 minutes: one domain, small budgets
@@ -11,13 +11,25 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ppg_env
 from agents.compare import CompareConfig, compare
-from agents.figures import data_size_figure, drift_figure
-from agents.report import DIFFERENCES, EARNED, difference_rows, earned_rows, findings, write_report
+from agents.figures import data_size_figure, dependence_figure, drift_figure, variance_figure
+from agents.pilot import PilotConfig, read_pilots, run_pilot
+from agents.report import (
+    DIFFERENCES,
+    EARNED,
+    GRADIENTS,
+    difference_rows,
+    earned_rows,
+    findings,
+    pilot_findings,
+    pilot_rows,
+    write_report,
+)
 from agents.results import Comparison, read_comparison, world_name
 
 METHODS = ("ppo", "trajectory", "greedy", "kstep:2", "kstep:3", "segment:2", "full")
@@ -53,6 +65,15 @@ def configurations(run: str, seeds: int, quick: bool, workers: int) -> list[Comp
     ]
 
 
+def measure_gradients(run: str, quick: bool) -> None:
+    """Run the pilots that are missing, of the untrained model."""
+    known = {pilot["config"]["domain"] for pilot in read_pilots(run)}
+    for domain in ("chatting",) if quick else COVERING:
+        if domain not in known:
+            print(f"pilot in {domain}", flush=True)
+            run_pilot(PilotConfig(domain, episodes=64 if quick else 256, run=run))
+
+
 def predictions(found: Comparison) -> Iterator[str]:
     """Yield what docs/worlds.md predicts of every world and budget, beside what came out."""
     yield "| world | dialogues | smallest covering class | minus full | leader | minus greedy |"
@@ -79,7 +100,7 @@ def markdown_rows(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def results_text(found: Comparison) -> str:
+def results_text(found: Comparison, pilots: Sequence[Mapping[str, Any]]) -> str:
     """Return the generated part of docs/results.md."""
     return "\n\n".join(
         [
@@ -88,19 +109,25 @@ def results_text(found: Comparison) -> str:
             "\n".join(predictions(found)),
             markdown_rows(EARNED, earned_rows(found)),
             markdown_rows(DIFFERENCES, difference_rows(found)),
+            "\n".join(f"- {sentence}" for sentence in pilot_findings(pilots)),
+            markdown_rows(GRADIENTS, pilot_rows(pilots)),
         ]
     )
 
 
-def write_docs(found: Comparison) -> None:
+def write_docs(found: Comparison, pilots: Sequence[Mapping[str, Any]]) -> None:
     """Replace the generated part of docs/results.md and its figures."""
     path, begin, end = DOCS / "results.md", "<!-- generated -->", "<!-- end -->"
     text = path.read_text(encoding="utf-8")
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    path.write_text(f"{before}{begin}\n{results_text(found)}\n{end}{after}", encoding="utf-8")
+    path.write_text(
+        f"{before}{begin}\n{results_text(found, pilots)}\n{end}{after}", encoding="utf-8"
+    )
     data_size_figure(found).savefig(DOCS / "results_data_size.png", dpi=110)
     drift_figure(found).savefig(DOCS / "results_drift.png", dpi=110)
+    variance_figure(pilots).savefig(DOCS / "results_variance.png", dpi=110)
+    dependence_figure(pilots).savefig(DOCS / "results_dependence.png", dpi=110)
 
 
 def main() -> None:
@@ -125,12 +152,13 @@ def main() -> None:
                 print(f"{sum(share.values()):.1f} of {len(share)} cells", flush=True)
 
         compare(c, show)
+    measure_gradients(run, options.quick)
     found = read_comparison(run)
     for path in write_report([run]):
         print(f"wrote {path}")
     print("\n".join(findings(found)))
     if options.docs:
-        write_docs(found)
+        write_docs(found, read_pilots(run))
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 
