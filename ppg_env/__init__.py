@@ -24,7 +24,7 @@ from .quiz import ChatQuiz, FactQuiz
 from .vector_env import PersonaDialogueVectorEnv
 from .verdict_cache import CachedJudge
 from .weighted_judge import WeightedJudge
-from .wrappers import DiscreteReply
+from .wrappers import DiscreteReply, EmbeddedObservation, HashedWords
 
 __version__ = "0.1.0"
 
@@ -48,8 +48,10 @@ __all__ = [
     "Completion",
     "DiscreteReply",
     "Domain",
+    "EmbeddedObservation",
     "FactQuiz",
     "Farewell",
+    "HashedWords",
     "Judge",
     "Messages",
     "NLIJudge",

@@ -1,0 +1,201 @@
+"""Partial returns of rollouts that cut episodes: against whole episodes, and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from agents.credit import (
+    Credit,
+    Discounted,
+    FullPlanning,
+    Greedy,
+    KStep,
+    Segment,
+    Subset,
+    Trajectory,
+    parse_credit,
+)
+from agents.fragments import MOST_TURNS, CreditMatrix, FragmentReturns, fragment_returns
+
+nan = np.nan
+EVERY_OTHER = Subset(np.eye(40) + np.eye(40, k=2))
+CREDITS: list[Credit] = [
+    FullPlanning(),
+    Greedy(),
+    KStep(3),
+    Segment(length=4),
+    Segment(boundaries=(0, 2, 7)),
+    Discounted(0.5),
+    EVERY_OTHER,
+    Trajectory(),
+]
+each_credit = pytest.mark.parametrize("credit", CREDITS, ids=lambda credit: credit.name)
+
+
+def of_one(
+    credit: Credit,
+    rewards: list[float],
+    starts: list[int],
+    ends: list[int],
+    gamma: float = 1.0,
+    first_turn: int = 0,
+    values: list[float] | None = None,
+) -> FragmentReturns:
+    """Return what the steps of one environment answer for; starts and ends are steps."""
+    steps = np.arange(len(rewards))
+    return fragment_returns(
+        np.array(rewards)[:, None],
+        np.isin(steps, starts)[:, None],
+        np.isin(steps, ends)[:, None],
+        [first_turn],
+        CreditMatrix(credit, gamma),
+        None if values is None else np.array(values)[:, None],
+    )
+
+
+def test_two_steps_ahead_by_hand() -> None:
+    found = of_one(KStep(2), [1, 2, 4, 8, 16], starts=[0, 3], ends=[2])
+    np.testing.assert_array_equal(found.return_NE[:, 0], [3, 6, 4, 24, nan])
+    assert found.turn_NE[:, 0].tolist() == [0, 1, 2, 0, 1]
+    assert found.complete_NE[:, 0].tolist() == [True, True, True, True, False]
+
+
+def test_full_planning_with_a_discount_is_the_reward_to_go() -> None:
+    found = of_one(FullPlanning(), [1, 2, 4, 8], starts=[0], ends=[2], gamma=0.5)
+    np.testing.assert_allclose(found.return_NE[:, 0], [1 + 1 + 1, 2 + 2, 4, nan])
+
+
+def test_an_episode_goes_on_in_the_next_rollout_where_it_was() -> None:
+    found = of_one(Segment(length=3), [1, 2, 4, 8], starts=[], ends=[3], first_turn=2)
+    assert found.turn_NE[:, 0].tolist() == [2, 3, 4, 5]
+    assert found.return_NE[:, 0].tolist() == [1, 14, 12, 8]
+
+
+def test_nothing_is_complete_where_full_planning_does_not_see_the_end() -> None:
+    assert not of_one(FullPlanning(), [1, 2, 4], starts=[0], ends=[]).complete_NE.any()
+
+
+def test_environments_do_not_mix() -> None:
+    reward_NE = np.array([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    start_NE = np.array([[True, True], [False, True], [False, False]])
+    end_NE = np.array([[False, True], [False, False], [True, False]])
+    found = fragment_returns(reward_NE, start_NE, end_NE, [0, 0], CreditMatrix(KStep(2)))
+    np.testing.assert_array_equal(found.return_NE, [[3, 10], [6, 60], [4, nan]])
+
+
+@each_credit
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_every_rollout_finds_what_the_whole_episodes_say(credit: Credit, gamma: float) -> None:
+    """Long episodes cut into rollouts of 7 steps; completeness by looking at each reward."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 20, size=30)
+    turn_N = np.concatenate([np.arange(length) for length in lengths])
+    episode_N = np.repeat(np.arange(30), lengths)
+    reward_N = rng.standard_normal(len(turn_N))
+    weight_TT = credit.weights(40) * gamma ** np.abs(
+        np.subtract.outer(np.arange(40), np.arange(40))
+    )
+    seen = 0
+    for first in range(0, len(turn_N) - 7, 7):
+        window = slice(first, first + 7)
+        found = fragment_returns(
+            reward_N[window, None],
+            (turn_N == 0)[window, None],
+            (np.append(turn_N[1:], 0) == 0)[window, None],
+            [turn_N[first]],
+            CreditMatrix(credit, gamma),
+        )
+        for n in range(first, first + 7):
+            of_episode = np.flatnonzero(episode_N == episode_N[n])
+            # Of the episode's later turns an algorithm knows only that the episode goes on.
+            over = of_episode[-1] < first + 7
+            length = len(of_episode) if over else 40
+            asked = np.flatnonzero(weight_TT[turn_N[n], :length]) + of_episode[0]
+            complete = bool(np.all((asked >= first) & (asked < first + 7)))
+            assert found.complete_NE[n - first, 0] == complete, (n, asked)
+            if complete:
+                expected = weight_TT[turn_N[n], : len(of_episode)] @ reward_N[of_episode]
+                assert found.return_NE[n - first, 0] == pytest.approx(expected)
+                seen += 1
+    assert seen >= 10
+
+
+# --- one value for what follows a cut -------------------------------------------------------------
+
+
+def test_a_value_stands_for_the_rest() -> None:
+    values = [nan, nan, nan, 100.0]
+    of = {"starts": [0, 2], "ends": [1], "values": values}
+    full = of_one(FullPlanning(), [1, 2, 4, 8], gamma=0.5, **of)
+    assert full.return_NE[:, 0].tolist() == [2, 2, 4 + 4 + 25, 8 + 50]
+    discounted = of_one(Discounted(0.5), [1, 2, 4, 8], **of)
+    assert discounted.return_NE[:, 0].tolist() == full.return_NE[:, 0].tolist()
+    greedy = of_one(Greedy(), [1, 2, 4, 8], **of)
+    assert greedy.return_NE[:, 0].tolist() == [1, 2, 4, 8]
+
+
+def test_a_value_counts_only_for_turns_of_its_own_segment() -> None:
+    rewards, values = [1, 2, 4, 8, 16], [nan] * 4 + [100.0]
+    inside = of_one(Segment(length=3), rewards, [0], [], values=values)
+    assert inside.return_NE[:, 0].tolist() == [7, 6, 4, 124, 116]
+    at_its_end = of_one(Segment(length=5), rewards, [0], [], values=values)
+    assert at_its_end.return_NE[:, 0].tolist() == [31, 30, 28, 24, 16]
+
+
+def test_a_time_limit_in_the_midst_of_a_rollout_has_its_own_value() -> None:
+    found = of_one(FullPlanning(), [1, 2, 4], [0, 2], ends=[], values=[nan, 10.0, 20.0])
+    assert found.return_NE[:, 0].tolist() == [13, 12, 24]
+
+
+def test_where_steps_ask_for_different_parts_of_the_rest_a_value_does_not_help() -> None:
+    found = of_one(KStep(3), [1, 2, 4, 8], [0], [], values=[nan, nan, nan, 100.0])
+    np.testing.assert_array_equal(found.return_NE[:, 0], [7, 14, nan, nan])
+
+
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [
+        ("full", True),
+        ("greedy", True),
+        ("segment:3", True),
+        ("segment:0,2,7", True),
+        ("discounted:0.9", True),
+        ("trajectory", True),
+        ("kstep:1", True),
+        ("kstep:2", False),
+        ("kstep:5", False),
+    ],
+)
+def test_which_credits_have_one_rest_for_all(name: str, has: bool) -> None:
+    assert CreditMatrix(parse_credit(name)).has_one_tail == has
+    assert CreditMatrix(parse_credit(name), 0.9).has_one_tail == has
+
+
+def test_a_subset_with_gaps_has_no_one_rest() -> None:
+    assert not CreditMatrix(EVERY_OTHER).has_one_tail
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [nan, np.inf])
+def test_a_reward_that_is_no_number_is_named(bad: float) -> None:
+    with pytest.raises(ValueError, match=r"reward of step 1 in environment 0 is (nan|inf)"):
+        of_one(Greedy(), [1.0, bad], [0], [])
+
+
+def test_endless_episodes_and_discounts_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"more than 4096 turns; .*TimeLimit"):
+        of_one(Greedy(), [1.0], [], [], first_turn=MOST_TURNS)
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got 1\.5"):
+        CreditMatrix(Greedy(), 1.5)
+    with pytest.raises(ValueError, match="This Subset covers 2 turns but 3 are needed"):
+        of_one(Subset(np.eye(2)), [1.0, 1.0, 1.0], [0], [2])
+
+
+def test_segments_need_their_boundaries() -> None:
+    with pytest.raises(ValueError, match=r"Segment\(\) follows the episode's own phases"):
+        CreditMatrix(Segment()).over(3)
+    matrix = CreditMatrix(Segment(), boundaries=(0, 1))
+    assert matrix.over(2)[1, 1:4].tolist() == [1, 1, 1]
