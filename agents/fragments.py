@@ -44,6 +44,7 @@ class CreditMatrix:
             raise ValueError(f"gamma must lie in [0, 1], got {gamma}.")
         self._credit, self._gamma, self._boundaries = credit, gamma, boundaries
         self._weight_TT = np.zeros((0, 0))
+        self.first_T = self.last_T = np.zeros(0, dtype=np.int64)  # that a turn asks for
 
     def over(self, num_turns: int) -> FloatArray:
         """Return weight_TT of at least one turn more than `num_turns`, where the credit has more.
@@ -63,6 +64,10 @@ class CreditMatrix:
             weight_TT = self._credit.weights(size, self._boundaries)
             turn_T = np.arange(size)
             self._weight_TT = weight_TT * self._gamma ** np.abs(turn_T[:, None] - turn_T)
+            asked_TT = self._weight_TT != 0
+            self.first_T = np.where(asked_TT.any(axis=1), asked_TT.argmax(axis=1), turn_T)
+            self.last_T = size - 1 - asked_TT[:, ::-1].argmax(axis=1)
+            self.last_T[~asked_TT.any(axis=1)] = -1
         return self._weight_TT
 
     @property
@@ -138,9 +143,9 @@ def fragment_returns(
             found_T = weight_TT[turns, turns] @ reward_NE[first:stop, e]
             if not end_NE[stop - 1, e]:
                 value = np.nan if value_NE is None else np.asarray(value_NE)[stop - 1, e]
-                found_T += _tail(weight_TT[turns, turns.stop :], weight_TT, turns.stop, value)
+                found_T += _tail(credit, turns, value)
             # Rewards before the fragment are in an earlier rollout; only Trajectory asks for them.
-            found_T[weight_TT[turns, :offset].any(axis=1)] = np.nan
+            found_T[credit.first_T[turns] < offset] = np.nan
             return_NE[first:stop, e] = found_T
     return FragmentReturns(return_NE, turn_NE)
 
@@ -151,15 +156,16 @@ def _fragments(start_N: BoolArray, end_N: BoolArray) -> Iterator[tuple[int, int]
     yield from pairwise([0, *cuts.tolist(), len(start_N)])
 
 
-def _tail(later_TU: FloatArray, weight_TT: FloatArray, cut: int, value: float) -> FloatArray:
-    """Return what the turns before a cut answer for after it; NaN where that is not known."""
-    asks_T = later_TU.any(axis=1)
-    if np.isnan(value) or cut >= len(weight_TT):
-        return np.where(asks_T, np.nan, 0.0)
-    share_T = _share_of_tail(later_TU, weight_TT[cut, cut:])
-    if share_T is None:
-        return np.where(asks_T, np.nan, 0.0)
-    return share_T * value
+def _tail(credit: CreditMatrix, turns: slice, value: float) -> FloatArray:
+    """Return what turns before a cut answer for after it; NaN where that is not known."""
+    unknown_T = np.where(credit.last_T[turns] >= turns.stop, np.nan, 0.0)
+    if np.isnan(value):
+        return unknown_T
+    weight_TT, cut = credit.over(turns.stop), turns.stop
+    if cut >= len(weight_TT):
+        return unknown_T
+    share_T = _share_of_tail(weight_TT[turns, cut:], weight_TT[cut, cut:])
+    return unknown_T if share_T is None else share_T * value
 
 
 def _share_of_tail(later_TU: FloatArray, own_U: FloatArray) -> FloatArray | None:

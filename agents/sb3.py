@@ -29,7 +29,7 @@ from stable_baselines3.common.policies import (
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import explained_variance, obs_as_tensor
+from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
 from .credit import Credit, KStep, Segment, leave_one_out, parse_credit
@@ -130,6 +130,7 @@ class PartialPG(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._refuse_unusable()
         super()._setup_model()
+        self.rollout_buffer.compute_returns_and_advantage = self._credit_rollout  # type: ignore[method-assign]
         self._cut_value_NE = np.zeros((0, 0))
         self._turn_E = np.zeros(self.n_envs, dtype=np.int64)
 
@@ -175,27 +176,26 @@ class PartialPG(OnPolicyAlgorithm):
         rollout_buffer: RolloutBuffer,
         n_rollout_steps: int,
     ) -> bool:
-        """Fill the buffer; `returns` and `advantages` are the credit's, NaN = not complete."""
-        first_turn_E = self._turn_E * ~np.asarray(self._last_episode_starts, dtype=bool)
+        """Fill the buffer; its returns and advantages are the credit's, NaN = not complete."""
         self._cut_value_NE = np.full((n_rollout_steps, env.num_envs), np.nan)
         self._step = 0
-        if not super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps):
-            return False
-        ends_E = np.asarray(self._last_episode_starts, dtype=bool)
-        start_NE = rollout_buffer.episode_starts.astype(bool)
+        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _credit_rollout(self, last_values: torch.Tensor, dones: np.ndarray) -> None:
+        """Set returns and advantages of the full buffer, in the place of the buffer's own way."""
+        buffer, ends_E = self.rollout_buffer, np.asarray(dones, dtype=bool)
+        start_NE = buffer.episode_starts.astype(bool)
         end_NE = np.concatenate([start_NE[1:], ends_E[None]])
         if self.bootstrap:
-            assert self._last_obs is not None
-            value_E = self._values(obs_as_tensor(self._last_obs, self.device))
+            value_E = last_values.flatten().cpu().numpy()
             self._cut_value_NE[-1, ~ends_E] = value_E[~ends_E]
-            end_NE = end_NE & np.isnan(self._cut_value_NE)
+            end_NE &= np.isnan(self._cut_value_NE)
         found = fragment_returns(
-            rollout_buffer.rewards, start_NE, end_NE, first_turn_E, self._matrix, self._cut_value_NE
+            buffer.rewards, start_NE, end_NE, self._turn_E, self._matrix, self._cut_value_NE
         )
         self._turn_E = found.turn_NE[-1] + 1
-        rollout_buffer.returns = found.return_NE.astype(np.float32)
-        rollout_buffer.advantages = self._advantages(found, rollout_buffer.values)
-        return True
+        buffer.returns = found.return_NE.astype(np.float32)
+        buffer.advantages = self._advantages(found, buffer.values)
 
     def _update_info_buffer(
         self, infos: list[dict[str, Any]], dones: np.ndarray | None = None
@@ -210,14 +210,11 @@ class PartialPG(OnPolicyAlgorithm):
             if info.get("TimeLimit.truncated", False):
                 if self.bootstrap:
                     last_observation, _ = self.policy.obs_to_tensor(info["terminal_observation"])
-                    self._cut_value_NE[self._step, e] = self._values(last_observation).item()
+                    with torch.no_grad():
+                        value = self.policy.predict_values(last_observation).item()
+                    self._cut_value_NE[self._step, e] = value
                 info["TimeLimit.truncated"] = False
         self._step += 1
-
-    def _values(self, observations: Any) -> np.ndarray:
-        """Return the value of each observation."""
-        with torch.no_grad():
-            return self.policy.predict_values(observations).flatten().cpu().numpy()
 
     def _advantages(self, found: FragmentReturns, value_NE: np.ndarray) -> np.ndarray:
         """Return advantage_NE, NaN where a step is not complete."""
@@ -260,9 +257,9 @@ class PartialPG(OnPolicyAlgorithm):
             advantage_M = (advantage_M - advantage_M.mean()) / (advantage_M.std() + 1e-8)
         policy_loss = -(advantage_M * logprob_M).mean()
         entropy = -logprob_M.mean() if entropy_M is None else entropy_M.mean()
-        value_loss = torch.nn.functional.mse_loss(value_M.flatten(), return_M)
         loss = policy_loss - self.ent_coef * entropy
         if self.baseline == "value":
+            value_loss = torch.nn.functional.mse_loss(value_M.flatten(), return_M)
             loss = loss + self.vf_coef * value_loss
         self.policy.optimizer.zero_grad()
         loss.backward()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
+from gymnasium.utils import RecordConstructorArgs
 
 from .dialogue import Messages
 from .env import PersonaDialogueEnv
@@ -45,7 +46,7 @@ class _LastingOptions(gym.Wrapper[Observation, Action, Messages, Any]):
         return found
 
 
-class DiscreteReply(_LastingOptions[Messages, np.int64]):
+class DiscreteReply(_LastingOptions[Messages, np.int64], RecordConstructorArgs):
     """A menu of dialogue acts instead of free text: action i performs `acts[i]` in words.
 
     The sentences are the domain's own phrasings with the persona's facts, never one already said.
@@ -56,6 +57,7 @@ class DiscreteReply(_LastingOptions[Messages, np.int64]):
     """
 
     def __init__(self, env: gym.Env[Messages, str]) -> None:
+        RecordConstructorArgs.__init__(self)
         super().__init__(env)
         inner = env.unwrapped
         if not isinstance(inner, PersonaDialogueEnv):
@@ -83,7 +85,7 @@ class DiscreteReply(_LastingOptions[Messages, np.int64]):
         return self.env.step(line)  # type: ignore[arg-type]
 
 
-class EmbeddedObservation(_LastingOptions[npt.NDArray[np.float32], Any]):
+class EmbeddedObservation(_LastingOptions[npt.NDArray[np.float32], Any], RecordConstructorArgs):
     """The dialogue as one vector instead of chat messages.
 
     Side by side: the system message, the partner's latest line, the agent's `recent` latest lines
@@ -100,6 +102,7 @@ class EmbeddedObservation(_LastingOptions[npt.NDArray[np.float32], Any]):
     def __init__(
         self, env: gym.Env[Messages, Any], embed: str | Embedding = "hashed", recent: int = 2
     ) -> None:
+        RecordConstructorArgs.__init__(self, embed=embed, recent=recent)
         super().__init__(env)
         space = env.observation_space
         if not isinstance(space, DialogueMessages):

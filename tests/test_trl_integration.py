@@ -325,6 +325,8 @@ def test_two_processes_share_their_baseline_and_wait_for_each_other(tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank {rank}.pt") for rank in (0, 1)]
+    assert ranks[0]["asked"] == ranks[1]["asked"]  # as often, for as many lines
+    assert len(ranks[0]["asked"]) == sum(one["rewards"].shape[1] for one in ranks[1]["records"])
     for name, value in ranks[0]["weights"].items():
         assert torch.equal(value, ranks[1]["weights"][name]), name
     for step in (0, 1):
@@ -360,6 +362,23 @@ def test_two_processes_share_their_baseline_and_wait_for_each_other(tmp_path: Pa
             ]
             for found, expected in zip(sorted(rows), sorted(want), strict=True):
                 np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_log_probabilities_of_the_engine_stay_with_their_tokens(tmp_path: Path) -> None:
+    """vLLM returns some; TRL weighs tokens by them."""
+    made = trainer(tmp_path, args=config(tmp_path, max_steps=1))
+    generate = made._generate_single_turn
+
+    def with_logprobs(*args: Any, **kwargs: Any) -> Any:
+        lines, _ = generate(*args, **kwargs)
+        return lines, [[-1.0 - token for token in line] for line in lines]
+
+    made._generate_single_turn = with_logprobs
+    made.train()
+    inputs = made.losses[0]["inputs"]
+    said_BL, ids_BL = mask_of(inputs) == 1, inputs["completion_ids"].numpy()
+    want_BL = np.where(said_BL, -1.0 - ids_BL, 0.0)
+    np.testing.assert_array_equal(inputs["sampling_per_token_logps"].numpy(), want_BL)
 
 
 # --- bad input ------------------------------------------------------------------------------------

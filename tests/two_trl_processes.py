@@ -53,8 +53,14 @@ def main(folder: Path) -> None:
     rollout = DialogueRollout(envs)
     records: list[dict[str, Any]] = []
 
+    asked: list[int] = []
+
     class Watched(PartialCreditTrainer):
-        """Writes down what reaches the loss, and the rewards."""
+        """Writes down what is generated, what reaches the loss, and the rewards."""
+
+        def _generate_single_turn(self, prompt_ids: list[Any], *rest: Any, **more: Any) -> Any:
+            asked.append(len(prompt_ids))
+            return super()._generate_single_turn(prompt_ids, *rest, **more)
 
         def compute_loss(self, model: Any, inputs: dict[str, Any], *rest: Any, **more: Any) -> Any:
             batch = rollout.batch
@@ -84,7 +90,8 @@ def main(folder: Path) -> None:
     trainer.train()
     weights = {name: value.detach().cpu() for name, value in trainer.model.state_dict().items()}
     torch.save(
-        {"records": records, "weights": weights, "seeds": envs.seeds}, folder / f"rank {rank}.pt"
+        {"records": records, "weights": weights, "seeds": envs.seeds, "asked": asked},
+        folder / f"rank {rank}.pt",
     )
 
 

@@ -92,7 +92,7 @@ class DialogueAgentLoop(AgentLoopBase):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.env = gym.make(env, **(env_settings or {}))
+        self.env = gym.make(env, **dict(env_settings or {}))
         self.max_new_tokens = max_new_tokens
         self.reader = LineReader(self.tokenizer, "verl")
 

@@ -1,0 +1,247 @@
+"""Does partial credit help outside dialogue? K sweep x data budget x 10 seeds in four worlds.
+
+    python -m benchmarks.beyond_dialogue                 # about 50 CPU minutes
+    python -m benchmarks.beyond_dialogue --seeds 2 --worlds perishables     # a look
+
+Run again, it goes on with what is missing. With --docs writes the table and the figure of
+docs/results.md. Every cell is one PartialPG run with leave-one-out baselines; only the credit
+differs. A budget is a number of environment steps; one run is measured at all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from agents.statistics import Estimate, holm
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@dataclass(frozen=True)
+class World:
+    """What is learned, with which settings."""
+
+    env: str
+    credits: tuple[str, ...]
+    budgets: tuple[int, ...]
+    n_steps: int = 256
+
+
+WORLDS = {
+    "perishables": World(
+        "benchmarks.small_worlds:Perishables",
+        ("kstep:1", "kstep:3", "kstep:4", "kstep:10", "full"),
+        (8_192, 24_576, 81_920),
+    ),
+    "keys and doors": World(
+        "benchmarks.small_worlds:KeysAndDoors",
+        ("kstep:1", "kstep:4", "kstep:8", "kstep:16", "full"),
+        (20_480, 61_440, 122_880),
+    ),
+    "CartPole-v1": World(
+        "CartPole-v1",
+        ("kstep:1", "kstep:5", "kstep:20", "kstep:80", "full"),
+        (20_480, 61_440, 122_880),
+    ),
+    "Acrobot-v1": World(
+        "Acrobot-v1", ("kstep:1", "kstep:20", "kstep:80", "full"), (20_480, 40_960, 81_920), 512
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run."""
+
+    world: str
+    credit: str
+    seed: int
+
+
+def make_envs(env: str, number: int, seed: int) -> Any:
+    """Return parallel environments, by registered id or module:Class."""
+    import importlib
+
+    from stable_baselines3.common.env_util import make_vec_env
+
+    module, colon, name = env.partition(":")
+    made = getattr(importlib.import_module(module), name) if colon else env
+    return make_vec_env(made, n_envs=number, seed=seed)
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Learn, and measure the mean return of 32 episodes at every budget."""
+    import torch
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    from agents.sb3 import PartialPG
+
+    torch.set_num_threads(1)
+    world = WORLDS[cell.world]
+    agent = PartialPG(
+        "MlpPolicy",
+        make_envs(world.env, 8, 1_000 * cell.seed),
+        cell.credit,
+        n_steps=world.n_steps,
+        learning_rate=3e-3,
+        ent_coef=0.01,
+        seed=cell.seed,
+        device="cpu",
+    )
+    returns = []
+    for budget in world.budgets:
+        agent.learn(budget - agent.num_timesteps, reset_num_timesteps=False)
+        held_out = make_envs(world.env, 8, 500_000 + 1_000 * cell.seed)
+        returns.append(evaluate_policy(agent, held_out, n_eval_episodes=32, deterministic=False)[0])
+    return {**asdict(cell), "budgets": world.budgets, "returns": [float(r) for r in returns]}
+
+
+# -- what came out ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A credit under a budget: mean return, difference to full, its p-value after Holm."""
+
+    world: str
+    credit: str
+    budget: int
+    mean: Estimate
+    over_full: Estimate | None
+    p_value: float
+
+
+def interval(value_S: np.ndarray) -> Estimate:
+    """Return the mean over seeds with Student's 95 % interval."""
+    if len(value_S) < 2:
+        return Estimate(float(value_S.mean()), float("nan"), float("nan"))
+    if np.ptp(value_S) == 0:
+        return Estimate(*[float(value_S.mean())] * 3)
+    low, high = stats.ttest_1samp(value_S, 0.0).confidence_interval(0.95)
+    return Estimate(float(value_S.mean()), float(low), float(high))
+
+
+def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
+    """Return all means and differences; seeds are paired, p-values are Holm's within a budget."""
+    found = []
+    for name, world in WORLDS.items():
+        of_world = [row for row in rows if row["world"] == name]
+        for i, budget in enumerate(world.budgets):
+            returns = {
+                credit: {r["seed"]: r["returns"][i] for r in of_world if r["credit"] == credit}
+                for credit in world.credits
+            }
+            returns = {credit: by_seed for credit, by_seed in returns.items() if by_seed}
+            gaps = {
+                credit: np.array([r - returns["full"][s] for s, r in by_seed.items()])
+                for credit, by_seed in returns.items()
+                if credit != "full" and by_seed.keys() <= returns.get("full", {}).keys()
+            }
+            testable = [c for c, gap in gaps.items() if len(gap) > 1 and np.ptp(gap) > 0]
+            p_values = holm([float(stats.ttest_1samp(gaps[c], 0.0).pvalue) for c in testable])
+            adjusted = dict(zip(testable, p_values, strict=True))
+            found += [
+                Point(
+                    name,
+                    credit,
+                    budget,
+                    interval(np.array(list(by_seed.values()))),
+                    interval(gaps[credit]) if credit in gaps else None,
+                    adjusted.get(credit, float("nan")),
+                )
+                for credit, by_seed in returns.items()
+            ]
+    return found
+
+
+def table(found: Sequence[Point]) -> str:
+    """Return a Markdown table."""
+    lines = ["| world | steps | credit | return | minus full | p |", "|---|---|---|---|---|---|"]
+    for point in found:
+        gap = "" if point.over_full is None else f"{point.over_full:+.3g}"
+        p_value = "" if np.isnan(point.p_value) else f"{point.p_value:.2g}"
+        lines.append(
+            f"| {point.world} | {point.budget:,} | {point.credit} | {point.mean:.3g} | {gap} | "
+            f"{p_value} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(found: Sequence[Point], path: Path) -> None:
+    """Draw the return against the budget, one panel a world."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(point.world for point in found))
+    figure = Figure(figsize=(4.0 * len(names), 3.6), layout="constrained")
+    colours = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#000000")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for credit, colour, marker in zip(WORLDS[name].credits, colours, "sov^D", strict=False):
+            own = [p for p in found if (p.world, p.credit) == (name, credit)]
+            mean = np.array([p.mean.mean for p in own])
+            below, above = mean - [p.mean.low for p in own], [p.mean.high for p in own] - mean
+            marks = {"color": colour, "marker": marker, "capsize": 3}
+            axis.errorbar([p.budget for p in own], mean, [below, above], label=credit, **marks)
+        axis.set(title=name, xlabel="environment steps", xscale="log")
+        axis.set_xticks(WORLDS[name].budgets, [f"{b // 1000}k" for b in WORLDS[name].budgets])
+        axis.minorticks_off()
+        axis.legend(frameon=False)
+    figure.axes[0].set_ylabel("mean return, 95 % interval over seeds")
+    figure.savefig(path, dpi=110)
+
+
+def write_docs(found: Sequence[Point]) -> None:
+    """Replace the generated part of docs/results.md and its figure."""
+    path, begin, end = DOCS / "results.md", "<!-- beyond dialogue -->", "<!-- end beyond -->"
+    text = path.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{begin}\n{table(found)}\n{end}{after}", encoding="utf-8")
+    draw(found, DOCS / "beyond_dialogue.png")
+
+
+def main() -> None:
+    """Run what is missing, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="runs/beyond_dialogue")
+    parser.add_argument("--worlds", nargs="+", default=list(WORLDS), choices=list(WORLDS))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--docs", action="store_true", help="also write docs/results.md")
+    options = parser.parse_args()
+    file = Path(options.out) / "cells.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {(row["world"], row["credit"], row["seed"]) for row in rows}
+    cells = [
+        Cell(name, credit, seed)
+        for seed in range(options.seeds)
+        for name in options.worlds
+        for credit in WORLDS[name].credits
+        if (name, credit, seed) not in known
+    ]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        for future in as_completed([pool.submit(run_cell, cell) for cell in cells]):
+            rows.append(future.result())
+            with file.open("a") as out:
+                print(json.dumps(rows[-1]), file=out)
+            print(len(rows), rows[-1], flush=True)
+    found = points(rows)
+    print(table(found))
+    draw(found, file.with_name("beyond_dialogue.png"))
+    if options.docs:
+        write_docs(found)
+
+
+if __name__ == "__main__":
+    main()
