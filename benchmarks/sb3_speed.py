@@ -54,9 +54,7 @@ def main() -> None:
             for _ in range(options.rounds)
         ]
     ).T
-    print(
-        f"| {options.env}, {NUM_ENVS} parallel | steps/s | to A2C, n_steps=5 | to A2C, n_steps=128 |"
-    )
+    print(f"| {options.env}, {NUM_ENVS} parallel | steps/s | to A2C, n_steps=5 | n_steps=128 |")
     print("|---|---|---|---|")
     for name, speed_R in zip(CONTENDERS, speed_CR, strict=True):
         ratios = [

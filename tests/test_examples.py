@@ -96,6 +96,24 @@ def test_the_fourth_example_learns_from_a_log(tmp_path: Path) -> None:
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("domain", ["chatting", "education"])
+def test_the_fifth_example_comes_within_five_percent_of_the_optimum(domain: str) -> None:
+    shown = run_example("05_sb3_on_dialogue.py", "--domain", domain, "--steps", "30000")
+    (share,) = re.findall(r"share (\d\.\d+)$", shown, re.M)
+    assert float(share) > 0.95
+    before, after = map(float, re.findall(r"(\d\.\d+) -> (\d\.\d+)", shown)[0])
+    assert before < 0.6 * after
+
+
+def test_the_sixth_example_tells_credits_apart() -> None:
+    shown = run_example(
+        "06_partial_pg_on_cartpole.py", "--steps", "30000", "--credits", "kstep:1", "kstep:20"
+    )
+    returns = dict(re.findall(r"^(kstep:\d+) +(\d+) \+-", shown, re.M))
+    assert float(returns["kstep:20"]) > 2 * float(returns["kstep:1"])
+
+
 def test_a_domain_of_ones_own_takes_less_than_thirty_lines() -> None:
     tree = ast.parse((EXAMPLES / "02_your_own_agent.py").read_text(encoding="utf-8"))
     parts = [

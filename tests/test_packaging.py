@@ -62,6 +62,7 @@ FLOORS = {
     "agents/tape": 6,
     "agents/logs": 7,
     "agents/offline_settings": 7,
+    "agents/fragments": 7,
     "agents/batching": 8,
     "agents/weighting": 9,
     "agents/validation": 10,
