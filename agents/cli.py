@@ -21,6 +21,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 import ppg_env
 from ppg_env.quiz import ChatQuiz, FactQuiz
@@ -630,6 +631,13 @@ def _progress() -> Progress:
     )
 
 
+def _told(error: BaseException) -> str:
+    """Return what an error says; of files what is wrong with which."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
 def _with_lists(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with "a,b" after a flag that takes several values as "a b".
 
@@ -667,6 +675,7 @@ def main() -> None:
         args=_with_lists(sys.argv[1:]),
         description="Partial policy gradients for persona dialogues.",
     )
+    disable_progress_bar()  # of loading weights
     commands: dict[type, Callable[[Any], None]] = {
         DemoConfig: demo,
         CompareConfig: compare_methods,
@@ -684,7 +693,7 @@ def main() -> None:
     try:
         commands[type(config)](config)
     except (ValueError, OSError, ImportError, MemoryError, *_BREAKDOWNS) as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {_told(error)}", style="red", markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,8 +4,8 @@ A cell trains one method in one domain on so many dialogues with one seed and ev
 held-out personas; "untrained" only evaluates. Cells of one seed meet the same personas with the
 same partners. They run in processes of one torch thread each and leave their result in
 RUN/<domain>/noise-<noise>/<method>/<budget>/seed-<seed>; RUN/plan.json lists them all. Interrupted,
-a comparison goes on with the cells that are missing; a cell that fails leaves its error there and
-stops no other.
+a comparison goes on with the cells that are missing or damaged; a cell that fails leaves its error
+there and stops no other.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import time
 import traceback
 from collections import deque
@@ -28,7 +29,7 @@ from .loading import check_model_name, weights_fingerprint
 from .methods import UNTRAINED, parse_method
 from .policy import Policy
 from .ppg import PPGAgent
-from .runs import RunFolder, read_metrics
+from .runs import DamagedRunError, RunFolder, read_metrics
 from .train import TrainConfig, agent_settings, make_envs, make_policy
 
 DOMAINS = ("chatting", "education", "therapy")
@@ -163,7 +164,7 @@ def planned_cells(run: str | Path) -> list[Cell]:
 
 def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
     """Train and evaluate one cell; return its result (from disk if it is complete already)."""
-    folder = RunFolder(cell.folder(c.run), cell_settings(cell, c))
+    folder = _run_folder(cell, c)
     if folder.result is not None:
         return folder.result
     folder.clear()
@@ -176,9 +177,10 @@ def run_cell(cell: Cell, c: CompareConfig) -> dict[str, Any]:
         agent = make(policy, make_envs(settings), **agent_settings(settings, policy))
         started = time.perf_counter()
         agent.learn(cell.budget * c.max_turns, callback=_log_to(folder, cell.budget // c.episodes))
-        seconds, num_timesteps = time.perf_counter() - started, agent.num_timesteps
-        learner = getattr(agent, "policy", agent)
-        if c.keep_agents:
+        seconds = time.perf_counter() - started
+        num_timesteps = getattr(agent, "num_timesteps", cell.budget * c.max_turns)
+        learner = _speaker(agent)
+        if c.keep_agents and hasattr(agent, "save"):
             folder.write_agent(agent.save)
     found = evaluate_policy(
         make_envs(replace(settings, personas="test")),
@@ -278,23 +280,43 @@ def _attempt(cell: Cell, c: CompareConfig) -> Outcome:
     """Run a cell; a failure is an outcome, too, and kept in its folder."""
     try:
         return Outcome(run_cell(cell, c))
-    except Exception as error:
-        folder = RunFolder(cell.folder(c.run), cell_settings(cell, c))
-        folder.fail(traceback.format_exc())
+    except (Exception, SystemExit) as error:
+        _run_folder(cell, c).fail(traceback.format_exc())
         return Outcome(None, f"{type(error).__name__}: {error}")
 
 
 def _process_died(cell: Cell, c: CompareConfig) -> Outcome:
     error = "Its process died: out of memory, or killed."
-    RunFolder(cell.folder(c.run), cell_settings(cell, c)).fail(error)
+    _run_folder(cell, c).fail(error)
     return Outcome(None, error)
 
 
 def _finished(cell: Cell, c: CompareConfig) -> dict[str, Any] | None:
-    """Return the cell's result if it is complete; a folder of another run is refused."""
-    if not cell.folder(c.run).exists():
+    """Return the cell's result if it is complete; a folder of another run is refused.
+
+    A damaged one is removed: the cell is done again.
+    """
+    folder = cell.folder(c.run)
+    if not folder.exists():
         return None
-    return RunFolder(cell.folder(c.run), cell_settings(cell, c)).result
+    try:
+        return _run_folder(cell, c).result
+    except DamagedRunError:
+        shutil.rmtree(folder)
+        return None
+
+
+def _run_folder(cell: Cell, c: CompareConfig) -> RunFolder:
+    """Return the cell's run folder; a cell of a class whose file has changed is another one."""
+    source = parse_method(cell.method).source
+    return RunFolder(
+        cell.folder(c.run), cell_settings(cell, c), {"source": source} if source else {}
+    )
+
+
+def _speaker(agent: Any) -> Policy:
+    """Return what speaks for an agent: the agent itself where it can, else its policy."""
+    return agent if hasattr(agent, "predict") else agent.policy
 
 
 def _share(cell: Cell, c: CompareConfig) -> float:
@@ -325,12 +347,21 @@ def _one_thread() -> None:
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, killed or out of memory."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _log_to(folder: RunFolder, updates: int) -> Callable[[PPGAgent], bool]:
     def log(agent: PPGAgent) -> bool:
         folder.log(agent.log)
-        return agent.num_updates < updates
+        return getattr(agent, "num_updates", 0) < updates
 
     return log
 
@@ -368,7 +399,8 @@ def _result(
     num_timesteps: int,
     metrics: Sequence[Mapping[str, float]],
 ) -> dict[str, Any]:
-    speeds = [row["time/tokens_per_second"] for row in metrics]
+    name = "time/tokens_per_second"
+    speeds = [row[name] for row in metrics if name in row]
     return {
         **asdict(cell),
         "metrics": {name: asdict(value) for name, value in found.metrics.items()},

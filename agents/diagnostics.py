@@ -268,6 +268,18 @@ class RewardDependence:
     interval excludes 0, and does so for other seeds too, the batch or the estimator is at fault."""
 
 
+def caution(diagnoses: Sequence[CreditDiagnosis]) -> str:
+    """Return a warning if all credits point the same way, as they do early in learning; else ""."""
+    cosines = [each.cosine.mean for each in diagnoses if each.signal_found]
+    if not cosines or min(cosines) < 0.95:
+        return ""
+    return (
+        f"All credits point the same way here (cosine to full at least {min(cosines):.2f}), as "
+        "they mostly do before training, so that the shortest wins by its small noise. Train for a "
+        "while and measure again: later the shortest may point elsewhere."
+    )
+
+
 def reward_dependence(
     gradients: TurnGradients, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> RewardDependence:

@@ -41,7 +41,8 @@ class Evaluation:
         transcripts: what was said, one message list a dialogue.
         transcript_rewards: the rewards of each of them, one list a dialogue.
         boundaries: first turn of each phase of the dialogues, where they have phases.
-        num_tokens, seconds: sampled tokens (0 without) and wall-clock time of the rollouts.
+        num_tokens: tokens sampled, 0 where they are not known.
+        seconds: wall-clock time of the rollouts.
     """
 
     metrics: Mapping[str, Estimate]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .credit import parse_credit
 from .methods import UNTRAINED
@@ -40,7 +42,8 @@ def drift_figure(found: Comparison) -> Figure:
             reward_ST = [r.result["reward_T"] for r in records if r.result]
             turns = np.arange(1, max(map(len, reward_ST)) + 1)
             _line(axis, turns, _rows(reward_ST, len(turns)), label=method, **styles[method])
-        axis.set(xlabel="turn of the dialogue", ylim=(0, 1))
+        axis.set(xlabel="turn of the dialogue")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
     return _figure(found, draw, "mean reward", "Reward per turn on held-out personas")
 
@@ -56,9 +59,9 @@ def learning_figure(found: Comparison) -> Figure:
                 continue
             rewards = []
             for record in records:
-                rewards.append(
-                    [row["rollout/turn_rew_mean"] for row in read_metrics(record.folder)]
-                )
+                rows = read_metrics(record.folder)
+                name = "rollout/turn_rew_mean"
+                rewards.append([row[name] for row in rows if name in row])
             if not any(rewards):
                 continue
             longest = max(map(len, rewards))
@@ -110,7 +113,7 @@ def variance_figure(pilots: Sequence[Mapping[str, Any]]) -> Figure:
         _band(above, window, [each["variance"] for each in found], _COLOURS[6], "measured")
         bound = [each["bound"] for each in found]
         above.plot(window, bound, color=_COLOURS[4], linestyle="--", label="bound")
-        above.set(yscale="log", title=pilot["config"]["domain"])
+        above.set(yscale="log", title=_pilot_title(pilot))
         _band(below, window, [each["cosine"] for each in found], _COLOURS[3], "cosine to full")
         below.set(ylim=(-1.05, 1.05), xlabel="rewards a turn answers for")
         for axis in (above, below):
@@ -125,15 +128,15 @@ def variance_figure(pilots: Sequence[Mapping[str, Any]]) -> Figure:
 def dependence_figure(pilots: Sequence[Mapping[str, Any]], credit: str = "kstep:3") -> Figure:
     """Return how the act at turn t moves the reward at turn u, next to the matrix of a credit."""
     maps = [np.array(pilot["dependence"]["strength_TT"]) for pilot in pilots]
-    highest = max(float(np.nanmax(value_TT)) for value_TT in maps)
+    highest = max(float(np.nanmax(np.abs(value_TT))) for value_TT in maps)
     figure = Figure(figsize=(3.4 * (len(maps) + 1), 3.9), layout="constrained")
     axes = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
     images = [
-        axis.imshow(value_TT, cmap="cividis", vmin=0.0, vmax=highest)
+        axis.imshow(value_TT, cmap="PuOr", vmin=-highest, vmax=highest)
         for axis, value_TT in zip(axes, maps, strict=False)
     ]
     for axis, pilot in zip(axes, pilots, strict=False):
-        axis.set_title(pilot["config"]["domain"])
+        axis.set_title(_pilot_title(pilot))
     weight_TT = parse_credit(credit).weights(len(maps[0]))
     axes[-1].imshow(weight_TT, cmap="cividis", vmin=0.0, vmax=1.0)
     axes[-1].set_title(f"what {credit} keeps")
@@ -145,6 +148,13 @@ def dependence_figure(pilots: Sequence[Mapping[str, Any]], credit: str = "kstep:
     figure.colorbar(images[0], ax=axes[:-1], label="effect on the reward")
     figure.suptitle("Which act moves which reward")
     return figure
+
+
+def _pilot_title(pilot: Mapping[str, Any]) -> str:
+    """Return domain and noise, and the model where it is not the bundled one."""
+    config = pilot["config"]
+    agent = "" if config["agent"] == "nano" else f"\n{'/'.join(Path(config['agent']).parts[-2:])}"
+    return f"{config['domain']}, noise {config['noise']:g}{agent}"
 
 
 def _band(

@@ -3,8 +3,11 @@
 untrained (or base)     the model as it is
 greedy  kstep:3  segment  segment:2  discounted:0.9  full  trajectory     see agents.credit
 ppo                     the actor-critic baseline
-my_module:MyAgent       called as MyAgent(policy, envs, **settings), as PPGAgent is
 my_module:MyCredit      a credit without arguments (or an instance of one)
+my_module:MyAgent       called as MyAgent(policy, envs, **settings), as PPGAgent is. It has
+                        learn(total_timesteps, callback); the callback reads `log` (numbers of the
+                        last update) and ends learning by False. It is evaluated by its own predict,
+                        without one by its `policy`; `num_timesteps` and `num_updates` may be there
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from .credit import CREDIT_NAMES, Credit, parse_credit
 from .lm_policy import LMPolicy
 from .ppg import PPGAgent
 from .ppo import PPOAgent
+from .provenance import file_hash
 
 UNTRAINED = "untrained"
 VectorEnv = gym.vector.VectorEnv[Any, Any, Any]
@@ -33,11 +37,13 @@ class Method:
         name: e.g. "kstep:3"; equal names are equal methods.
         credit: which rewards a turn answers for; None where that is not a matrix.
         make: (policy, envs, **settings) -> agent; None for the untrained model.
+        source: hash of the file of a class of one's own, "" for what is bundled.
     """
 
     name: str
     credit: Credit | None = None
     make: Callable[..., PPGAgent] | None = None
+    source: str = ""
 
 
 def parse_method(text: str) -> Method:
@@ -64,17 +70,18 @@ def parse_method(text: str) -> Method:
     return _with(credit.name, credit)
 
 
-def _with(name: str, credit: Credit) -> Method:
+def _with(name: str, credit: Credit, source: str = "") -> Method:
     def make(policy: LMPolicy, envs: VectorEnv | None, **settings: Any) -> PPGAgent:
         return PPGAgent(policy, envs, credit, **settings)
 
-    return Method(name, credit, make)
+    return Method(name, credit, make, source)
 
 
 def _own(name: str, module: str, attribute: str) -> Method:
     """Return the method of a user's class."""
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        imported = importlib.import_module(module)
+        found = getattr(imported, attribute)
     except (ImportError, ValueError) as error:  # ValueError: an empty name
         raise ValueError(
             f"Cannot import {module!r} for the method {name!r} ({error}); run the command where "
@@ -84,10 +91,11 @@ def _own(name: str, module: str, attribute: str) -> Method:
         raise ValueError(f"{module!r} has no {attribute!r} for the method {name!r}.") from None
     if isinstance(found, type) and hasattr(found, "weights"):
         found = found()
+    source = file_hash(imported.__file__ or "")
     if hasattr(found, "weights"):
-        return _with(name, found)
+        return _with(name, found, source)
     if callable(found) and hasattr(found, "learn"):
-        return Method(name, make=found)
+        return Method(name, make=found, source=source)
     raise ValueError(
         f"The method {name!r} is a {type(found).__name__} without `learn` (an agent's class) and "
         "without `weights` (a credit)."

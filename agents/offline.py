@@ -193,6 +193,7 @@ class LearnsOffline(ABC):
                     self._stop_if_diverged(_as_rollouts(read, tape, plan.num_turns))
         if best is not None:
             self._go_back(best)
+        self._warn_of_dropped_turns(done)
         self._warn_if_all_skipped(self.optimization.num_skipped - skipped_before, done)
         return self
 
@@ -485,6 +486,17 @@ class LearnsOffline(ABC):
             stacklevel=3,
         )
 
+    def _warn_of_dropped_turns(self, steps: int) -> None:
+        shares = [row["offline/dropped_turns"] for row in self.history[-steps:]] if steps else []
+        share = float(np.mean(shares)) if shares else 0.0
+        if share > 0.05:
+            warnings.warn(
+                f"{share:.0%} of the logged turns lie beyond the context of {self.policy.name} "
+                f"({self.policy.network.context_length} tokens) and were not learned from; use a "
+                "model with a longer context.",
+                stacklevel=3,
+            )
+
     def _warn_if_all_skipped(self, skipped: int, steps: int) -> None:
         if steps and skipped == steps:
             warnings.warn(
@@ -501,7 +513,8 @@ def _why_nothing_is_learned(plan: _Plan) -> str:
     return (
         f"Nothing can be learned from {plan.log.name}: every turn's weight is 0. Before they are "
         f"clipped (min_weight={settings.min_weight}, max_weight={settings.max_weight}) weights lie "
-        f"in [{weights.lowest:.3g}, {weights.highest:.3g}] with baseline={settings.baseline!r}. "
+        f"in [{round(weights.lowest, 9):.3g}, {round(weights.highest, 9):.3g}] with "
+        f"baseline={settings.baseline!r}. "
         "Take a log whose rewards differ, another baseline, or imitate it (method='sft')."
     )
 

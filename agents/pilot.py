@@ -10,6 +10,7 @@ of that comparison's report.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from .diagnostics import CreditDiagnosis, RewardDependence, gradient_diagnostics, reward_dependence
+from .diagnostics import (
+    CreditDiagnosis,
+    RewardDependence,
+    caution,
+    gradient_diagnostics,
+    reward_dependence,
+)
 from .loading import load_policy
 from .rollout import collect_rollouts
 from .suggest import Suggestion, suggest_k
@@ -107,14 +114,23 @@ def run_pilot(c: PilotConfig, progress_bar: bool = False) -> Pilot:
         dependence=reward_dependence(gradients),
     )
     if c.run is not None:
-        _write(pilot, Path(c.run) / FOLDER / f"{c.domain}-noise-{c.noise:g}.json")
+        _write(pilot, Path(c.run) / FOLDER / _file_name(c))
     return pilot
 
 
 def read_pilots(run: str | Path) -> list[Mapping[str, Any]]:
-    """Return the findings that a run folder keeps, one object a domain, as `run_pilot` wrote it."""
-    files = sorted((Path(run) / FOLDER).glob("*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    """Return the findings that a run folder keeps, one object a pilot, as `run_pilot` wrote it.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    found = []
+    for file in sorted((Path(run) / FOLDER).glob("*.json")):
+        try:
+            found.append(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged ({error}); remove it.") from error
+    return found
 
 
 def pilot_record(pilot: Pilot) -> dict[str, Any]:
@@ -123,12 +139,19 @@ def pilot_record(pilot: Pilot) -> dict[str, Any]:
         "config": asdict(pilot.config),
         "mean_reward": pilot.mean_reward,
         "diagnoses": [asdict(each) for each in pilot.diagnoses],
+        "caution": caution(pilot.diagnoses),
         "suggestions": [{**asdict(s), "verdict": s.verdict} for s in pilot.suggestions],
         "dependence": {
             "strength_TT": pilot.dependence.strength_TT.tolist(),
             "lower": asdict(pilot.dependence.lower),
         },
     }
+
+
+def _file_name(c: PilotConfig) -> str:
+    """Return a name that tells pilots of other models and worlds apart."""
+    agent = re.sub(r"\W+", "-", c.agent).strip("-")
+    return f"{c.domain}-noise-{c.noise:g}-{c.max_turns}-turns-{agent}.json"
 
 
 def _write(pilot: Pilot, file: Path) -> None:

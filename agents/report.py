@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +31,11 @@ from .figures import (
 from .methods import UNTRAINED, parse_method
 from .pilot import read_pilots
 from .results import CellRecord, Comparison, Row, World, read_comparison, world_name
-from .runs import read_transcripts
+from .runs import TRANSCRIPTS, read_transcripts
 from .statistics import Estimate
+from .suggest import ONE_STEP
 
+_FIGURES = ("drift", "learning_curves", "data_size", "variance", "dependence")
 SIGNIFICANT = 0.05
 """Of p-values after Holm's correction."""
 
@@ -41,12 +44,12 @@ EARNED = (
     *("drift/turn", "prompt_to_line", "degenerate"),
 )
 DIFFERENCES = (
-    *("world", "method", "dialogues", "over untrained", "over full", "p (Holm)", "beats full"),
-    *("behind the best", "p (Holm)"),
+    *("world", "method", "dialogues", "over untrained", "over full", "p of that", "beats full"),
+    *("behind the best", "p of that"),
 )
 GRADIENTS = (
-    *("domain", "credit", "window", "norm", "variance", "signal to noise", "cosine to full"),
-    "bound",
+    *("world", "model", "dialogues", "credit", "window", "norm", "variance", "signal to noise"),
+    *("cosine to full", "bound"),
 )
 
 
@@ -63,11 +66,15 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> l
     found = read_comparison(*runs)
     folder = Path(runs[0]) / "report" if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    for name, kind in itertools.product(_FIGURES, ("pdf", "png")):  # of an earlier report
+        (folder / f"{name}.{kind}").unlink(missing_ok=True)
     pilots = [pilot for run in runs for pilot in read_pilots(run)]
+    warnings = [*found.warnings, *pilot_warnings(pilots, found), *transcript_warnings(found)]
     drawings = {**figures(found), **pilot_figures(pilots)}
     files = [
-        _write(folder / "table.md", markdown(found)),
+        _write(folder / "table.md", markdown(found, pilots, warnings)),
         _write(folder / "table.csv", csv_table(found)),
+        *([_write(folder / "gradients.csv", gradients_csv(pilots))] * bool(pilots)),
     ]
     for name, (_, drawing) in drawings.items():
         for kind in ("pdf", "png"):
@@ -76,8 +83,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> l
     title = "How far ahead should this agent plan?"
     content = page.Page(
         title=title,
-        warnings=found.warnings,
-        failures=[(str(record.cell), record.error) for record in found.failed],
+        warnings=warnings,
+        failures=failures(found),
         findings=[*findings(found), *pilot_findings(pilots)],
         tables=[
             page.Table("What every method earned", _EARNED_NOTE, EARNED, earned_rows(found)),
@@ -129,25 +136,54 @@ def pilot_figures(pilots: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, D
 
 
 def pilot_findings(pilots: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return which lookahead each pilot speaks for."""
-    return [
-        f"{pilot['config']['domain']}, pilot of {pilot['config']['episodes']} dialogues. "
-        f"{suggestion['verdict']}"
-        for pilot in pilots
-        for suggestion in pilot["suggestions"]
-    ]
+    """Return which lookahead each pilot speaks for, and what that does not say."""
+    sentences = []
+    for pilot in pilots:
+        world, model, number = _pilot_name(pilot)
+        verdicts = " ".join(suggestion["verdict"] for suggestion in pilot["suggestions"])
+        sentences.append(f"{world}, pilot of {number} dialogues with {model}. {verdicts}")
+        sentences[-1] += f" {ONE_STEP}"
+        if pilot.get("caution"):
+            sentences[-1] += f" {pilot['caution']}"
+    return sentences
+
+
+def pilot_warnings(pilots: Sequence[Mapping[str, Any]], found: Comparison) -> list[str]:
+    """Return which pilots were made under other conditions than the comparison."""
+    warnings = []
+    settings = found.records[0].settings
+    for pilot in pilots:
+        config, other = pilot["config"], []
+        for name, there in (("agent", settings.get("model")), *settings.items()):
+            if name in ("agent", "max_turns", "partner", "judge") and config.get(name) != there:
+                other.append(f"{name} {config.get(name)} (comparison: {there})")
+        if (config["domain"], config["noise"]) not in found.worlds:
+            other.append(f"noise {config['noise']:g}")
+        if other:
+            warnings.append(f"The pilot in {config['domain']} has {', '.join(other)}.")
+    return warnings
+
+
+def _pilot_name(pilot: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return world, model and number of dialogues."""
+    config = pilot["config"]
+    return (
+        f"{config['domain']}, noise {config['noise']:g}, {config['max_turns']} turns",
+        str(config["agent"]),
+        f"{config['episodes']:,}",
+    )
 
 
 def pilot_rows(pilots: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """Return the cells of the table GRADIENTS."""
     return [
         (
-            pilot["config"]["domain"],
+            *_pilot_name(pilot),
             each["credit"],
             f"{each['window']:.1f}",
             f"{each['norm']:.3g}",
             f"{Estimate(**each['variance']):.3g}",
-            f"{Estimate(**each['snr']):.2f}",
+            f"{Estimate(**each['snr']):.2f}" if each["signal"]["low"] > 0 else "no signal found",
             _shown(Estimate(**each["cosine"]), ".2f"),
             f"{each['bound']:.3g}",
         )
@@ -157,19 +193,20 @@ def pilot_rows(pilots: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 _PILOT_NOTE = (
-    "Gradient of one update on the pilot's dialogues, untrained model unless said otherwise; "
-    "intervals from bootstrapped groups. Signal-to-noise: squared length of the expected gradient "
-    "over the variance."
+    "Gradient of one update on the pilot's dialogues; intervals from bootstrapped groups. "
+    "Signal-to-noise: squared length of the expected gradient over the variance."
 )
 _EARNED_NOTE = (
     "Mean over training seeds and held-out personas with its 95 % interval for other seeds and "
-    "other personas (two-way layout, Satterthwaite's t); interquartile mean with a bootstrap "
-    "interval over both. Drift: change of the reward per turn of the dialogue."
+    "other personas (two-way layout, Satterthwaite's t; with few seeds it can pass the range of "
+    "the quantity), over personas that have a value with every seed; interquartile mean with a "
+    "bootstrap interval over both. Drift: change of the reward per turn of the dialogue."
 )
 _GAPS_NOTE = (
     "Reward differences, paired by persona and seed; p-values are Holm's, for all methods of a "
-    "world and budget. The best is chosen on the same data, which flatters it. Beats full: how "
-    "likely one run of the method earns more than one of full planning on the same persona."
+    "world and budget, of the difference to their left. The best is chosen on the same data, which "
+    "flatters it. Beats full: how likely one run of the method earns more than one of full "
+    "planning on the same persona."
 )
 
 
@@ -221,12 +258,14 @@ def findings(found: Comparison) -> list[str]:
 
 
 def _finding(rows: Sequence[Row], where: str) -> str:
-    best = max(rows, key=lambda row: row.reward.mean)
+    best = next((row for row in rows if row.to_best is None), rows[0])
     sentence = f"{where}, {best.budget:,} dialogues: {best.method} earned most ({best.reward})"
     if best.over_untrained is not None:
         sentence += f", {best.over_untrained:+.3f} over untrained"
     others = sorted((row for row in rows if row is not best), key=lambda row: -row.reward.mean)
     told = [row for row in others if not math.isnan(row.p_best)]
+    if not others:
+        return f"{sentence}; it has nothing to be compared with."
     if not told:
         return f"{sentence}; one seed cannot tell whether the others are behind."
     level = [row.method for row in told if row.p_best >= SIGNIFICANT]
@@ -238,18 +277,58 @@ def _finding(rows: Sequence[Row], where: str) -> str:
     return f"{sentence}."
 
 
-def markdown(found: Comparison) -> str:
-    """Return warnings, findings and both tables in Markdown."""
-    parts = [f"- {sentence}" for sentence in (*found.warnings, *findings(found))]
-    parts += [f"- failed: {r.cell}: {r.error.splitlines()[-1]}" for r in found.failed]
+def failures(found: Comparison) -> list[tuple[str, str]]:
+    """Return (cells, error), cells with the same error together."""
+    cells: dict[str, list[str]] = {}
+    for record in found.failed:
+        cells.setdefault(record.error, []).append(str(record.cell))
+    return [(", ".join(names), error) for error, names in cells.items()]
+
+
+def transcript_warnings(found: Comparison) -> list[str]:
+    """Return how many complete cells have no dialogues to show."""
+    complete = [record.folder for record in found.records if record.result is not None]
+    without = [folder for folder in complete if not any(_spoken(folder))]
+    if not without:
+        return []
+    return [
+        f"{len(without)} of {len(complete)} cells have no dialogues to show, the first of them "
+        f"{without[0]}: {TRANSCRIPTS} is missing or damaged there."
+    ]
+
+
+def markdown(
+    found: Comparison, pilots: Sequence[Mapping[str, Any]] = (), warnings: Sequence[str] = ()
+) -> str:
+    """Return warnings, findings and all tables in Markdown."""
+    said = (*(warnings or found.warnings), *findings(found), *pilot_findings(pilots))
+    parts = [f"- {sentence}" for sentence in said]
+    parts += [f"- failed: {cells}: {_brief(error)}" for cells, error in failures(found)]
     for header, rows, note in (
         (EARNED, earned_rows(found), _EARNED_NOTE),
         (DIFFERENCES, difference_rows(found), _GAPS_NOTE),
+        *([(GRADIENTS, pilot_rows(pilots), _PILOT_NOTE)] * bool(pilots)),
     ):
         lines = [header, tuple("---" for _ in header), *rows]
         escaped = ([cell.replace("|", r"\|") for cell in line] for line in lines)
         parts += ["", *("| " + " | ".join(line) + " |" for line in escaped), "", note]
     return "\n".join(parts) + "\n"
+
+
+def _brief(error: str) -> str:
+    """Return type and message of a traceback without its lines."""
+    lines = error.splitlines()
+    frames = [i for i, line in enumerate(lines) if line.startswith("  ")]
+    said = lines[frames[-1] + 1 :] if frames else []
+    return " ".join(said or lines[-1:])
+
+
+def gradients_csv(pilots: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table GRADIENTS for other programs."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([GRADIENTS, *pilot_rows(pilots)])
+    return text.getvalue()
 
 
 def csv_table(found: Comparison) -> str:
@@ -298,9 +377,8 @@ def dialogues(found: Comparison) -> Iterator[page.Dialogue]:
 
 
 def _dialogues(record: CellRecord, world: str) -> Iterator[page.Dialogue]:
-    try:
-        spoken = list(read_transcripts(record.folder))
-    except FileNotFoundError:
+    spoken = list(_spoken(record.folder))
+    if not spoken:
         return
     turns = max(len(dialogue["rewards"]) for dialogue in spoken)
     shape = (len(spoken), turns)
@@ -322,6 +400,17 @@ def _dialogues(record: CellRecord, world: str) -> Iterator[page.Dialogue]:
             system=system,
             lines=lines,
         )
+
+
+def _spoken(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the dialogues of a cell that are whole: a reward for each line of the agent."""
+    try:
+        for dialogue in read_transcripts(folder):
+            own = [m for m in dialogue.get("messages", ()) if m.get("role") == "assistant"]
+            if own and len(own) == len(dialogue.get("rewards", ())):
+                yield dialogue
+    except (FileNotFoundError, ValueError):
+        return
 
 
 def _credited(

@@ -12,6 +12,7 @@ mixed, are in `warnings`.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from .statistics import (
 
 World = tuple[str, float]
 """A domain and its noise."""
+Key = tuple[str, float, int, str]
+"""Domain, noise, budget and method: what makes a row."""
 
 _CELL = ("domain", "method", "budget", "seed", "noise")
 _NONE = Estimate(float("nan"), float("nan"), float("nan"))
@@ -56,12 +59,14 @@ class CellRecord:
 
     @property
     def state(self) -> str:
-        """Return "complete", "failed", "unfinished" or "not begun"."""
+        """Return "complete", "failed", "damaged", "unfinished" or "not begun"."""
         if self.result is not None:
             return "complete"
         if self.error:
             return "failed"
-        return "unfinished" if self.made_with else "not begun"
+        if self.made_with:
+            return "damaged" if (self.folder / RESULT).exists() else "unfinished"
+        return "damaged" if self.folder.exists() else "not begun"
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,13 @@ class Row:
         iqm: interquartile mean of the reward.
         over_untrained, over_full: paired difference of the reward to the untrained model and to
             full planning under the same budget; None where there is nothing to pair with.
-        to_best: the same to the method that earned most under this budget; None for itself.
+        to_best: the same to the method that earned most under this budget (on the seeds and
+            personas that all of them have); None for itself.
         beats_full: how likely a run of it beats one of full planning on the same persona.
+        num_personas: who has a reward with every seed; means are over these.
         p_full, p_best: p-values of the two differences after Holm's correction for all methods of
             this world and budget.
-        missing: cells that failed, are unfinished or were planned and not begun.
+        missing: cells that failed, are damaged or unfinished, or were planned and not begun.
     """
 
     domain: str
@@ -95,6 +102,7 @@ class Row:
     p_full: float = float("nan")
     p_best: float = float("nan")
     missing: int = 0
+    num_personas: int = 0
 
     @property
     def reward(self) -> CrossedMean:
@@ -129,7 +137,7 @@ class Comparison:
         return [
             row
             for row in self.rows
-            if (row.domain, row.noise) == world and budget in (None, row.budget or budget)
+            if (row.domain, row.noise) == world and (budget is None or row.budget in (0, budget))
         ]
 
     def budgets(self, world: World) -> list[int]:
@@ -160,8 +168,13 @@ def read_comparison(*runs: str | Path) -> Comparison:
 
 def _read_cells(run: Path) -> list[CellRecord]:
     found = []
+    planned = {cell.folder(run): cell for cell in planned_cells(run)}
     for file in sorted(run.rglob(MANIFEST)):
-        manifest = _json(file) or {}
+        manifest = _json(file)
+        if manifest is None and file.parent in planned:
+            continue  # counted as damaged below
+        if manifest is None:
+            raise ValueError(f"{file} is damaged; remove its folder.")
         settings = manifest.get("settings", {})
         if not all(name in settings for name in _CELL):
             continue  # a run of `ppg train`, say
@@ -172,8 +185,8 @@ def _read_cells(run: Path) -> list[CellRecord]:
                 folder=file.parent,
                 settings={k: v for k, v in settings.items() if k not in _CELL},
                 made_with={k: v for k, v in manifest.items() if k not in ("settings", "data")},
-                result=_json(file.with_name(RESULT)),
-                error=error.read_text(encoding="utf-8").strip() if error.exists() else "",
+                result=_result(file.with_name(RESULT)),
+                error=_text(error).strip() if error.exists() else "",
             )
         )
     if not found:
@@ -184,8 +197,8 @@ def _read_cells(run: Path) -> list[CellRecord]:
         )
     begun = {record.cell for record in found}
     return found + [
-        CellRecord(cell, cell.folder(run), found[0].settings, {}, None, "")
-        for cell in planned_cells(run)
+        CellRecord(cell, folder, found[0].settings, {}, None, "")
+        for folder, cell in planned.items()
         if cell not in begun
     ]
 
@@ -193,9 +206,22 @@ def _read_cells(run: Path) -> list[CellRecord]:
 def _json(file: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file; None if there is none or it is half written."""
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
+
+
+def _result(file: Path) -> dict[str, Any] | None:
+    """Return a cell's result; None if there is none or it lacks what a report is made of."""
+    found = _json(file) or {}
+    parts = (found.get("by_persona"), found.get("metrics"), found.get("reward_T"))
+    whole = isinstance(parts[0], dict) and isinstance(parts[0].get("reward"), dict)
+    return found if whole and isinstance(parts[1], dict) and isinstance(parts[2], list) else None
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _refuse_mixtures(records: Sequence[CellRecord]) -> None:
@@ -232,16 +258,20 @@ def _rank(record: CellRecord) -> tuple[int, str]:
 
 
 def values(records: Iterable[CellRecord], metric: str) -> dict[int, dict[str, float]]:
-    """Return {seed: {persona: mean}} of the complete cells."""
+    """Return {seed: {persona: mean}} of the complete cells, without personas that have none."""
     return {
-        record.cell.seed: record.result["by_persona"][metric]
+        record.cell.seed: {
+            persona: mean
+            for persona, mean in record.result["by_persona"][metric].items()
+            if mean is not None and not math.isnan(mean)
+        }
         for record in records
         if record.result is not None and metric in record.result["by_persona"]
     }
 
 
 def _rows(records: Sequence[CellRecord]) -> list[Row]:
-    groups: dict[tuple[str, float, int, str], list[CellRecord]] = {}
+    groups: dict[Key, list[CellRecord]] = {}
     for record in records:
         cell = record.cell
         groups.setdefault((cell.domain, cell.noise, cell.budget, cell.method), []).append(record)
@@ -251,7 +281,7 @@ def _rows(records: Sequence[CellRecord]) -> list[Row]:
     for key, row in plain.items():
         world_budget = key[:3]
         rivals = [k for k in groups if k[:3] == world_budget and len(plain[k].seeds)]
-        best = max(rivals, key=lambda k: plain[k].reward.mean, default=None)
+        best = _best({k: rewards[k] for k in rivals})
         full, untrained = (*world_budget, "full"), (*key[:2], 0, UNTRAINED)
         others: dict[str, Any] = {}
         if row.seeds:
@@ -265,7 +295,21 @@ def _rows(records: Sequence[CellRecord]) -> list[Row]:
     return _corrected(rows)
 
 
-def _row(key: tuple[str, float, int, str], group: Sequence[CellRecord]) -> Row:
+def _best(rewards: Mapping[Key, dict[int, dict[str, float]]]) -> Key | None:
+    """Return who earned most on the seeds and personas that all have, else on their own."""
+    if not rewards:
+        return None
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in rewards.values())))
+    people = sorted(set.intersection(*(_people(by_seed) for by_seed in rewards.values())))
+
+    def mean(by_seed: dict[int, dict[str, float]]) -> float:
+        shared = _table(by_seed, seeds, people) if seeds and people else _matrix(by_seed)
+        return float(shared.mean())
+
+    return max(rewards, key=lambda key: mean(rewards[key]))
+
+
+def _row(key: Key, group: Sequence[CellRecord]) -> Row:
     domain, noise, budget, method = key
     complete = [record for record in group if record.result is not None]
     names = complete[0].result["by_persona"] if complete and complete[0].result else {}
@@ -279,6 +323,7 @@ def _row(key: tuple[str, float, int, str], group: Sequence[CellRecord]) -> Row:
         metrics=metrics,
         iqm=interquartile_mean(_matrix(values(complete, "reward"))) if complete else _NONE,
         missing=len(group) - len(complete),
+        num_personas=len(_people(values(complete, "reward"))),
     )
 
 
@@ -299,9 +344,7 @@ def _corrected(rows: Sequence[Row]) -> list[Row]:
 
 
 def _difference(
-    first: tuple[str, float, int, str],
-    second: tuple[str, float, int, str],
-    rewards: Mapping[tuple[str, float, int, str], dict[int, dict[str, float]]],
+    first: Key, second: Key, rewards: Mapping[Key, dict[int, dict[str, float]]]
 ) -> CrossedMean | None:
     if first == second or not rewards.get(second):
         return None
@@ -342,6 +385,7 @@ def _warnings(records: Sequence[CellRecord], rows: Sequence[Row]) -> list[str]:
     found = []
     for state, remedy in (
         ("failed", "their errors are below; the same command tries them again"),
+        ("damaged", "the same command does them again"),
         ("unfinished", "the same command goes on with them"),
         ("not begun", f"the same command begins them ({PLAN} lists them)"),
     ):
@@ -357,9 +401,18 @@ def _warnings(records: Sequence[CellRecord], rows: Sequence[Row]) -> list[str]:
         found.append("Two training seeds give rough intervals: they hold .88, not .95. Use more.")
     groups: dict[tuple[str, float, int], set[tuple[int, ...]]] = {}
     for row in rows:
-        groups.setdefault((row.domain, row.noise, row.budget), set()).add(row.seeds)
+        if row.seeds:
+            groups.setdefault((row.domain, row.noise, row.budget), set()).add(row.seeds)
     if any(len(seeds) > 1 for seeds in groups.values()):
         found.append("Methods differ in their seeds; differences are over the seeds both have.")
+    for row in rows:
+        most = max(r.num_personas for r in rows if (r.domain, r.noise) == (row.domain, row.noise))
+        if row.seeds and row.num_personas < most:
+            found.append(
+                f"{row.domain} {row.method} {row.budget}: only {row.num_personas} of {most} "
+                "personas have a reward with every seed; its means are over these, and do not "
+                "compare with those over all. Differences are over the personas both have."
+            )
     made_with = {
         "git commits": [made.get("git_commit") for r in records if (made := r.made_with)],
         "versions": [made.get("versions") for r in records if (made := r.made_with)],

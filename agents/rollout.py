@@ -309,10 +309,19 @@ def agent_generators(
 def speaker_for(
     policy: Policy | _BatchPolicy, size: int, seed: int | None, first_slot: int
 ) -> _Speaker:
-    """Return what speaks for `size` dialogues: the policy's own conversation, or one by one."""
-    if isinstance(policy, _BatchPolicy):
+    """Return what speaks for `size` dialogues: the policy's own conversation, or one by one.
+
+    A subclass that changes `predict` and not `begin` is asked line by line: it has its reasons.
+    """
+    if isinstance(policy, _BatchPolicy) and _speaks_as_it_predicts(type(policy)):
         return policy.begin(size, agent_generators(seed, size, first_slot))
-    return _OneByOne(policy, size)
+    return _OneByOne(policy, size)  # type: ignore[arg-type]
+
+
+def _speaks_as_it_predicts(kind: type) -> bool:
+    """Whether no subclass has changed `predict` alone, which `begin` would know nothing of."""
+    first = next((each for each in kind.__mro__ if {"begin", "predict"} & vars(each).keys()), kind)
+    return "begin" in vars(first) or "predict" not in vars(first)
 
 
 def _groups(infos: Mapping[str, Any], first_slot: int, size: int) -> np.ndarray:

@@ -38,6 +38,10 @@ MANIFEST, METRICS, RESULT, TRANSCRIPTS, REJUDGED, AGENT, ERROR = (
 )
 
 
+class DamagedRunError(ValueError):
+    """A file of a run folder cannot be read; the run has to be done again."""
+
+
 class RunFolder:
     """A folder that holds one run.
 
@@ -49,6 +53,7 @@ class RunFolder:
     Raises:
         FileExistsError: the folder holds another run, or files that are no run.
         PermissionError: the folder cannot be written to.
+        DamagedRunError: what it holds was cut off or changed.
     """
 
     def __init__(
@@ -184,9 +189,9 @@ class RunFolder:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{file} is damaged ({error}); remove its folder.") from error
+            raise DamagedRunError(f"{file} is damaged ({error}); remove its folder.") from error
         if not isinstance(content, dict) or (name == MANIFEST and "settings" not in content):
-            raise ValueError(f"{file} is not what this project writes; remove its folder.")
+            raise DamagedRunError(f"{file} is not what this project writes; remove its folder.")
         return content
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:

@@ -33,6 +33,12 @@ FEWEST_GROUPS = 16
 CERTAINTY = 0.9
 """The share of resamples in which a credit must win to be named."""
 
+ONE_STEP = (
+    "That is about one update of the very model that spoke: over many updates noise averages out "
+    "and bias does not."
+)
+"""What no verdict says."""
+
 
 @dataclass(frozen=True)
 class CreditError:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,13 @@ def _code(source: str) -> str:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Turn links that leave docs/ into links of the site."""
     return re.sub(r"\]\(\.\./(examples/[^)]+)\)", lambda m: _link(m[1]), markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Refuse a page with a fence that was not understood: what follows it would all be code."""
+    if "```" in html:
+        raise PluginError(f"{page.file.src_uri}: a code fence was not understood.")
+    return html
 
 
 def _links(markdown: str) -> str:

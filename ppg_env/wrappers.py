@@ -191,7 +191,7 @@ def _embedding(name: str) -> Embedding:
     if name == "hashed":
         return HashedWords()
     try:
-        from sentence_transformers import SentenceTransformer  # type: ignore[import-not-found]
+        from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError(
             f"embed={name!r} is taken for a sentence-transformers model, and the package is not "

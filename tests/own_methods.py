@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,35 @@ class Crashing(Own):
 
     def learn(self, *arguments: Any, **settings: Any) -> Any:
         raise RuntimeError("the reward model has left <b>the</b> building")
+
+
+class Leaving(Own):
+    """Calls sys.exit."""
+
+    def learn(self, *arguments: Any, **settings: Any) -> Any:
+        sys.exit(3)
+
+
+class Speaking:
+    """An agent that is no PPGAgent: says the same line whatever it is asked, and learns nothing."""
+
+    def __init__(self, policy: Any, env: Any, **settings: Any) -> None:
+        self.policy = policy
+
+    def learn(self, total_timesteps: int, callback: Any = None) -> Any:
+        self.log = {"own/steps": float(total_timesteps)}
+        callback(self)
+        return self
+
+    def predict(self, observation: Any, deterministic: bool = False) -> tuple[str, None]:
+        return "I would rather not say.", None
+
+
+class Wrapping(Own):
+    """A PPGAgent with a way of its own to speak."""
+
+    def predict(self, observation: Any, deterministic: bool = False) -> tuple[str, None]:
+        return "I would rather not say.", None
 
 
 class Dying(Own):

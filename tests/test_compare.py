@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from agents.compare import (
     planned_cells,
     run_cell,
 )
-from agents.methods import UNTRAINED
+from agents.methods import UNTRAINED, parse_method
 from agents.runs import read_metrics, read_transcripts
 
 TIMES = ("train_seconds", "tokens_per_second")
@@ -222,6 +225,84 @@ def test_stopping_keeps_finished_cells_and_leaves_no_process_behind(
     assert len(read_metrics(second.folder(c.run))) >= 1
 
 
+@pytest.mark.parametrize("name", ["Speaking", "Wrapping"])
+def test_an_agent_that_says_how_it_speaks_is_evaluated_by_what_it_says(
+    name: str, tmp_path: Path, config: CompareConfig
+) -> None:
+    c = replace(config, run=str(tmp_path), methods=(f"tests.own_methods:{name}",))
+    cell = Cell("chatting", f"tests.own_methods:{name}", c.budgets[0])
+    result = run_cell(cell, c)
+    assert result["metrics"]["reward"]["mean"] == 0.0  # it evades
+    (first, *_) = read_transcripts(cell.folder(tmp_path))
+    said = [m["content"] for m in first["messages"] if m["role"] == "assistant"]
+    assert set(said) == {"I would rather not say."}
+    if name == "Speaking":
+        assert result["num_timesteps"] == c.budgets[0] * c.max_turns
+        assert result["tokens_per_second"] is None
+        assert read_metrics(cell.folder(tmp_path)) == [{"own/steps": result["num_timesteps"]}]
+
+
+def test_a_class_whose_file_has_changed_is_not_taken_for_the_old_one(
+    tmp_path: Path, config: CompareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = replace(config, run=str(tmp_path))
+    cell = Cell("chatting", "tests.own_methods:Opening", c.budgets[0])
+    run_cell(cell, c)
+    assert parse_method("greedy").source == "" != parse_method(cell.method).source
+    monkeypatch.setattr("agents.methods.file_hash", lambda path: "other")
+    with pytest.raises(FileExistsError, match=r"source is .* there and 'other' now"):
+        run_cell(cell, c)
+
+
+@pytest.mark.parametrize("name", ["result.json", "manifest.json"])
+def test_a_damaged_cell_is_done_again(name: str, tmp_path: Path, config: CompareConfig) -> None:
+    c = replace(config, run=str(tmp_path), domains=("chatting",), methods=(), workers=1, seeds=1)
+    (cell,) = cells(c)
+    before = compare(c)[cell].result
+    assert before is not None
+    (cell.folder(tmp_path) / name).write_text('{"half')
+    after = compare(c)[cell].result
+    assert after is not None and as_text(after["by_persona"]) == as_text(before["by_persona"])
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, sys, time\n"
+        "from agents.compare import _one_thread\n"
+        "def work(path):\n"
+        "    _one_thread()\n"
+        "    open(path, 'w').write('ready')\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    spawn = multiprocessing.get_context('spawn')\n"
+        "    child = spawn.Process(target=work, args=[sys.argv[1]])\n"
+        "    child.start()\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    root = str(Path(__file__).parent.parent)
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "ready")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    wait_until(lambda: (tmp_path / "ready").exists(), 120)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not Path(f"/proc/{child}").exists(), 60)
+
+
+def wait_until(happened: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_an_unknown_method_fails_before_any_work_with_a_list() -> None:
     with pytest.raises(ValueError, match=r"gredy.*greedy") as raised:
         CompareConfig(methods=("kstep:2", "gredy"))
@@ -246,10 +327,12 @@ def test_an_unknown_domain_or_judge_fails_before_any_cell_runs(
 def test_a_method_that_crashes_is_kept_with_its_error_and_stops_no_other(
     config: CompareConfig, tmp_path: Path
 ) -> None:
-    methods = ("tests.own_methods:Crashing", "tests.own_methods:Dying", "tests.own_methods:Opening")
+    names = ("Crashing", "Dying", "Leaving", "Opening")
+    methods = tuple(f"tests.own_methods:{name}" for name in names)
     c = replace(config, run=str(tmp_path), methods=methods)
     found = compare(c)
-    untrained, crashing, dying, opening = found
+    untrained, crashing, dying, leaving, opening = found
+    assert found[leaving].error == "SystemExit: 3"
     assert found[untrained].result is not None and found[opening].result is not None
     assert found[crashing].error == ("RuntimeError: the reward model has left <b>the</b> building")
     assert "Traceback" in (crashing.folder(c.run) / "error.txt").read_text()

@@ -84,6 +84,7 @@ FLOORS = {
     "agents/resume": 11,
     "agents/ppg": 13,
     "agents/sb3": 13,
+    "agents/integrations": 13,
     "agents/ppo": 14,
     "agents/diagnostics": 14,
     "agents/suggest": 15,
@@ -110,13 +111,16 @@ STANDARD_LIBRARY_ONLY = {"ppg_env/dialogue.py"}
 WORLD_THIRD_PARTY = {"numpy", "gymnasium"}
 WORLD_THIRD_PARTY_LATE = {  # inside functions only
     *("torch", "transformers", "openai", "tenacity", "jinja2", "datasets"),
+    "sentence_transformers",
 }
 ONE_OWNER = {
     "matplotlib": {"agents/figures.py"},
     "stable_baselines3": {"agents/sb3.py"},
     "starlette": {"agents/web.py"},
+    "trl": {"agents/integrations/trl.py"},
     "tyro": {"agents/cli.py"},
     "uvicorn": {"agents/web.py"},
+    "verl": {"agents/integrations/verl.py"},
 }
 
 # What importing gymnasium and numpy brings along.

@@ -285,6 +285,8 @@ def test_the_page_opens_with_every_section_and_a_pair_side_by_side(
     for target in page.locator(".contents a").evaluate_all("a => a.map(one => one.hash)"):
         assert page.locator(target).count() == 1
     assert page.locator(".failure").inner_text().startswith("failed therapy, ppo")
+    assert not page.locator(".failure pre").is_visible()
+    page.locator(".failure summary").click()
     assert "the loss is nan" in page.locator(".failure pre").inner_text()
     assert texts(page, "td.number .interval") == [" [.264, .299]", " [.3, .5]"]
     assert settled(page).startswith("1 of 12 · ann")

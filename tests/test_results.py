@@ -40,6 +40,10 @@ def rewards(run: Path, cell: Cell) -> dict[str, float]:
     return dict(json.loads((cell.folder(run) / "result.json").read_text())["by_persona"]["reward"])
 
 
+def three(method: str) -> list[Cell]:
+    return [Cell("therapy", method, 64, seed) for seed in range(3)]
+
+
 def table(run: Path, method: str, budget: int) -> np.ndarray:
     cells = [Cell("therapy", method, budget, seed) for seed in range(3)]
     return np.array([[rewards(run, cell)[name] for name in PERSONAS] for cell in cells])
@@ -102,16 +106,62 @@ def test_failed_and_unfinished_cells_are_counted(tmp_path: Path) -> None:
     failed, unfinished = (Cell("therapy", "greedy", 64, seed) for seed in (0, 1))
     (failed.folder(tmp_path) / "result.json").unlink()
     (failed.folder(tmp_path) / "error.txt").write_text("Traceback\nMemoryError: too large\n")
-    (unfinished.folder(tmp_path) / "result.json").write_text('{"half": ')
+    (unfinished.folder(tmp_path) / "result.json").unlink()
+    damaged = Cell("therapy", "kstep:3", 64, 0)
+    (damaged.folder(tmp_path) / "result.json").write_text('{"half": ')
+    empty = Cell("therapy", "kstep:3", 64, 1)
+    (empty.folder(tmp_path) / "result.json").write_text("{}")
     found = read_comparison(tmp_path)
     row = row_of(found, "greedy")
     assert (row.seeds, row.missing) == ((2,), 2)
     assert [record.error for record in found.failed] == ["Traceback\nMemoryError: too large"]
     said = " ".join(found.warnings)
     assert "1 of 12 cells failed" in said and "1 of 12 cells unfinished" in said
+    assert "2 of 12 cells damaged: the same command does them again" in said
+    assert row_of(found, "kstep:3").missing == 2
     assert "differ in their seeds" in said
     # What is left is paired over the seed that both have.
     assert row.over_full is not None and row.over_full.num_seeds == 1
+
+
+def test_a_cell_whose_manifest_is_damaged_is_not_dropped(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
+    cell = Cell("therapy", "greedy", 64, 0)
+    (cell.folder(tmp_path) / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged; remove its folder"):
+        read_comparison(tmp_path)
+    (tmp_path / "plan.json").write_text(json.dumps([vars(cell)]))
+    found = read_comparison(tmp_path)
+    assert "1 of 12 cells damaged" in " ".join(found.warnings)
+    assert row_of(found, "greedy").missing == 1
+
+
+def test_personas_without_a_reward_are_told_and_do_not_decide_who_is_best(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
+    file = Cell("therapy", "greedy", 64, 0).folder(tmp_path) / "result.json"
+    result = json.loads(file.read_text())
+    by_persona = result["by_persona"]["reward"]
+    worst = sorted(by_persona, key=by_persona.get)[:-2]
+    for name in worst:
+        by_persona[name] = float("nan")
+    for name in set(by_persona) - set(worst):
+        by_persona[name] += 0.5  # greedy looks best on the two who are left of it
+    file.write_text(json.dumps(result))
+    found = read_comparison(tmp_path)
+    greedy, others = row_of(found, "greedy"), [row_of(found, m) for m in ("kstep:3", "full")]
+    assert (greedy.num_personas, others[0].num_personas) == (2, 20)
+    (warning,) = [w for w in found.warnings if "personas" in w]
+    assert warning.startswith("therapy greedy 64: only 2 of 20 personas have a reward")
+    assert greedy.reward.mean > max(row.reward.mean for row in others)
+    best = [row.method for row in (greedy, *others) if row.to_best is None]
+    left = sorted(set(by_persona) - set(worst))
+    shared = {
+        row.method: np.mean(
+            [rewards(tmp_path, c)[name] for c in three(row.method) for name in left]
+        )
+        for row in (greedy, *others)
+    }
+    assert best == [max(shared, key=lambda method: shared[method])]
 
 
 def test_cells_that_were_planned_and_never_begun_are_counted(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ pytest.importorskip("trl", reason='pip install -e ".[trl]"')
 
 from trl import GRPOConfig
 
-from agents.integrations.trl import DialogueRollout, PartialCreditTrainer
+from agents.integrations.trl import PartialCreditTrainer
+from agents.integrations.trl_rollout import DialogueRollout
 
 SLOTS, GROUP, LINE, TURNS = 8, 4, 6, 4
 TESTS = Path(__file__).parent
@@ -435,6 +436,18 @@ def test_a_missing_score_may_be_none_or_nan(tmp_path: Path) -> None:
     assert_credited(made.losses[0]["inputs"], made.played[0], "kstep:2")
 
 
+def test_a_batch_without_any_score_changes_nothing(tmp_path: Path) -> None:
+    def to_nan(played: dict[str, Any]) -> None:
+        for rewards in played["turn_rewards"]:
+            rewards[:] = [float("nan")] * len(rewards)
+
+    made = trainer(tmp_path, rollout_func=spoilt(to_nan), args=config(tmp_path, max_steps=1))
+    made.train()
+    assert not made.losses[0]["inputs"]["advantages"].any()
+    before, after = tiny_model("llama").state_dict(), made.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in after)
+
+
 def test_a_phase_credit_needs_boundaries(tmp_path: Path) -> None:
     rollout = spoilt(lambda played: played.pop("boundaries"))
     made = trainer(
@@ -470,6 +483,8 @@ def test_settings_that_do_not_fit_are_refused(
         ({"importance_sampling_level": "sequence"}, "per-turn credit would be"),
         ({"top_p": 0.9}, "top_p=0.9 samples from another distribution"),
         ({"top_k": 50}, "top_k=50 samples"),
+        ({"generation_kwargs": {"top_p": 0.5}}, "top_p=0.5 samples"),
+        ({"generation_kwargs": {"temperature": 0.5}}, r"temperature=0.5 samples.* take 1\.0"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1 samples"),
     ],
 )

@@ -180,6 +180,23 @@ def test_a_dialogue_has_the_tokens_that_our_own_policy_reads_and_says() -> None:
         assert dialogue.prompt_length == tape.turn_SL[slot].tolist().index(0)
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_dialogue_reads_as_its_template_whether_the_line_said_its_end_mark_or_not(
+    cut: bool,
+) -> None:
+    tokenizer = tiny_tokenizer(CHATML)
+    reader = LineReader(tokenizer, "the engine")
+    dialogue, chat = DialogueTokens(reader), openings(1)[0]
+    for turn, text in enumerate(("I like tea.", "No rain.")):
+        dialogue.read(dialogue.unread(chat))
+        line = reader.format.encode(text) + ([] if cut else sorted(reader.end_ids))
+        assert dialogue.say(line) == text
+        chat = goes_on(chat, text, turn, slot=0)
+    dialogue.read(dialogue.unread(chat))
+    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(dialogue.ids) == rendered
+
+
 def test_thoughts_stay_where_they_were_sampled() -> None:
     reader = LineReader(tiny_tokenizer(THOUGHTLESS), "the engine")
     dialogue = DialogueTokens(reader)

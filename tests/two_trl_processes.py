@@ -14,7 +14,8 @@ from tiny_models import tiny_model, tiny_tokenizer
 from tiny_worlds import EchoDialogues
 from trl import GRPOConfig
 
-from agents.integrations.trl import DialogueRollout, PartialCreditTrainer
+from agents.integrations.trl import PartialCreditTrainer
+from agents.integrations.trl_rollout import DialogueRollout
 
 SLOTS, GROUP, LINE, TURNS, CREDIT = 4, 2, 6, 4, "kstep:2"
 
@@ -89,10 +90,8 @@ def main(folder: Path) -> None:
     )
     trainer.train()
     weights = {name: value.detach().cpu() for name, value in trainer.model.state_dict().items()}
-    torch.save(
-        {"records": records, "weights": weights, "seeds": envs.seeds, "asked": asked},
-        folder / f"rank {rank}.pt",
-    )
+    found = {"records": records, "weights": weights, "seeds": envs.seeds, "asked": asked}
+    torch.save(found, folder / f"rank {rank}.pt")
 
 
 if __name__ == "__main__":

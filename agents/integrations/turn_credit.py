@@ -110,8 +110,8 @@ class TurnCredit:
             given = "none" if group_B is None else f"{len(group_B)}"
             raise ValueError(
                 f"The baseline {self.baseline!r} needs one group id for each of the "
-                f"{num_dialogues} dialogues, got {given}. Pass them (verl: the column 'uid'), or "
-                "take the baseline 'batch_mean' or 'none'."
+                f"{num_dialogues} dialogues, got {given}. Pass them (verl: the column 'uid'; TRL: "
+                "'group_id' from rollout_func), or take the baseline 'batch_mean' or 'none'."
             )
         number: dict[Hashable, int] = {}
         return np.array([number.setdefault(key, len(number)) for key in group_B], dtype=np.int64)
