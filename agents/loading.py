@@ -55,6 +55,8 @@ def check_model_name(policy: str | Path) -> None:
         ValueError: says what there is and suggests the nearest.
     """
     name = str(policy)
+    if (Path(policy) / "agent").is_dir() and not (Path(policy) / "config.json").exists():
+        raise ValueError(f"{name} is a run folder; the agent that it trained is {name}/agent.")
     if name == "nano" or Path(policy).is_dir():
         return
     near = difflib.get_close_matches(name.lower(), ["nano"], n=1, cutoff=0.8)

@@ -355,6 +355,7 @@ def test_a_named_persona_is_played(terminal: Terminal) -> None:
         ("evaluate --agent nanoo", "'nanoo'. Did you mean 'nano'? There are 'nano' (bundled)"),
         ("evaluate --agent runs/none/agent", "There are 'nano' (bundled), folders such as"),
         ("train --model nanoo", "Did you mean 'nano'? There are 'nano' (bundled)"),
+        ("train --offline nope.jsonl", "No such file or directory: nope.jsonl"),
         ("demo --model nanoo", "Did you mean 'nano'? There are 'nano' (bundled)"),
         ("train --credit kstpe:3", "Did you mean"),
         ("train --credit kstep:0", "kstep:0"),
@@ -380,6 +381,14 @@ def test_a_slip_is_answered_with_what_exists_and_the_nearest(
     assert expected in terminal.words
     assert "Traceback" not in terminal.output
     assert not (tmp_path / "run").exists()  # the corrected command finds a clean place
+
+
+def test_the_folder_of_a_run_is_answered_with_that_of_its_agent(
+    terminal: Terminal, tmp_path: Path
+) -> None:
+    (tmp_path / "run" / "agent").mkdir(parents=True)
+    assert terminal.run("evaluate", "--agent", str(tmp_path / "run")) == 2
+    assert "is a run folder; the agent that it trained is" in terminal.words
 
 
 def test_a_run_folder_with_other_files_is_refused(terminal: Terminal, tmp_path: Path) -> None:

@@ -881,7 +881,9 @@ def test_lines_without_room_are_dropped_and_their_rewards_still_count() -> None:
     log = [replace(log[0], rewards=(0.5, 0.25, 1.0)), replace(log[1], rewards=(1.0,))]
     whole = read_dialogues(policy, log)
     policy.network.context_length = int(whole.length_S[0]) - 1
-    agent = PPGAgent(policy, None, "full", scale="none", seed=0).learn_offline(log)
+    agent = PPGAgent(policy, None, "full", scale="none", seed=0)
+    with pytest.warns(UserWarning, match="25% of the logged turns lie beyond the context"):
+        agent.learn_offline(log)
     assert agent.log["offline/dropped_turns"] == pytest.approx(1 / 4)
     assert agent.num_timesteps == 4
     loss = -(plain_logprobs(tiny_policy(), whole) * weights_on(whole, [[1.75, 1.25, 0], [1]])).sum()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3 import A2C
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import (
@@ -29,6 +29,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from agents.credit import FullPlanning, KStep, Subset
 from agents.sb3 import PartialPG
+from ppg_env import DiscreteReply, EmbeddedObservation, HashedWords
 
 
 class Countdown(gym.Env[np.ndarray, int]):
@@ -356,6 +357,26 @@ def test_a_callback_stops_learning() -> None:
     env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
     agent = PartialPG("MlpPolicy", env, n_steps=64, device="cpu").learn(10_000, callback=Stop())
     assert agent.num_timesteps == 20
+
+
+@pytest.mark.parametrize("kind", [PPO, A2C, DQN, PartialPG])
+@pytest.mark.parametrize("domain", ["chatting", "education", "therapy"])
+def test_algorithms_learn_from_dialogues_as_a_menu_of_acts(kind: Any, domain: str) -> None:
+    def make() -> Any:
+        env = gym.make("PersonaDialogue-v0", domain=domain, max_turns=4)
+        return EmbeddedObservation(DiscreteReply(env), HashedWords(32))
+
+    envs = make_vec_env(make, n_envs=4, seed=0)
+    more: dict[str, Any] = {"learning_starts": 16} if kind is DQN else {"n_steps": 16}
+    agent = kind("MlpPolicy", envs, seed=0, device="cpu", **more)
+    before = torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
+    agent.learn(128)
+    after = torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
+    assert torch.isfinite(after).all() and not torch.equal(before, after)
+    act, _ = agent.predict(envs.reset(), deterministic=True)
+    assert all(envs.action_space.contains(each) for each in act)
+    assert np.isfinite([info["r"] for info in agent.ep_info_buffer]).all()
+    assert len(agent.ep_info_buffer) == 128 // 4
 
 
 # --- bad input ------------------------------------------------------------------------------------
