@@ -237,7 +237,10 @@ def compare(
 
 def _write_plan(run: Path, new: Sequence[Cell]) -> None:
     """Add cells to the run folder's plan."""
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PermissionError(f"Cannot make the run folder {run}: {error}.") from error
     cells_of_run = dict.fromkeys([*planned_cells(run), *new])
     draft = run / f"{PLAN}.part"
     draft.write_text(json.dumps([asdict(cell) for cell in cells_of_run]), encoding="utf-8")
