@@ -84,14 +84,14 @@ def test_the_fourth_example_learns_from_a_log(tmp_path: Path) -> None:
                     {"role": "user", "content": "And then?"},
                     {"role": "assistant", "content": said[(i + 1) % 4]},
                 ],
-                "rewards": [1.0 if i % 4 else 0.0, None if i % 3 == 0 else 0.0],
+                "rewards": [i // 4 % 2, None if i % 3 == 0 else 0.0],
             }
         )
         for i in range(24)
     ]
     write_log(tmp_path / "log.jsonl.gz", log)
     shown = run_example("04_published_dialogues.py", str(tmp_path / "log.jsonl.gz"))
-    assert "24 dialogues, 48 lines of the agent: 18 consistent, 22 contradict, 8 unscor" in shown
+    assert "24 dialogues, 48 lines of the agent: 12 consistent, 28 contradict, 8 unscor" in shown
     losses = [float(x) for x in re.findall(r"^epoch \d: loss +([\d.]+),", shown, re.M)]
     assert len(losses) == 3 and losses[2] < losses[1] < losses[0]
 
