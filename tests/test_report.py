@@ -22,6 +22,7 @@ from agents.report import (
     facts,
     findings,
     markdown,
+    transcript_warnings,
     write_report,
 )
 from agents.results import Comparison, read_comparison
@@ -90,6 +91,52 @@ def test_a_failed_cell_is_in_every_form_of_the_report(tmp_path: Path) -> None:
     assert "2 (1 missing)" in table
     page = files["report.html"].read_text(encoding="utf-8")
     assert "MemoryError" in page and "<script>too large" not in page
+
+
+def test_cells_with_the_same_error_are_told_together_with_its_whole_message(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
+    error = (
+        "Traceback (most recent call last):\n  File 'x', line 1, in f\n    g()\n"
+        "RuntimeError: first line\nsecond line\n"
+    )
+    for seed in (0, 2):
+        folder = Cell("therapy", "greedy", 64, seed).folder(tmp_path)
+        (folder / "result.json").unlink()
+        (folder / "error.txt").write_text(error)
+    table = markdown(read_comparison(tmp_path))
+    both = "therapy greedy 64 seed 0, therapy greedy 64 seed 2"
+    assert f"failed: {both}: RuntimeError: first line second line" in table
+    assert "Methods differ in their seeds" in table
+
+
+def test_a_method_that_stands_alone_is_not_said_to_lack_seeds(tmp_path: Path) -> None:
+    write_comparison(tmp_path, {UNTRAINED: 0.3, "greedy": 0.5}, domains=["therapy"], budgets=[64])
+    (sentence,) = findings(read_comparison(tmp_path))
+    assert sentence.endswith("over untrained; it has nothing to be compared with.")
+
+
+def test_cells_without_whole_dialogues_are_counted_and_the_rest_is_written(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
+    folders = [Cell("therapy", "greedy", 64, seed).folder(tmp_path) for seed in range(3)]
+    (folders[0] / "transcripts.jsonl").write_text("")
+    (folders[1] / "transcripts.jsonl").write_text('{"messages": [], "rewards": [1.0]}\n')
+    (folders[2] / "transcripts.jsonl").unlink()
+    found = read_comparison(tmp_path)
+    (warning,) = transcript_warnings(found)
+    assert warning.startswith("3 of 12 cells have no dialogues to show")
+    methods = {dialogue.method for dialogue in dialogues(found)}
+    assert methods == set(LEVELS) - {"greedy"}
+    assert warning.split(",")[0] in write_report([tmp_path])[0].read_text(encoding="utf-8")
+
+
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    write_comparison(tmp_path, LEVELS, domains=["therapy"], budgets=[64])
+    stale, own = tmp_path / "out" / "variance.pdf", tmp_path / "out" / "mine.pdf"
+    stale.parent.mkdir()
+    for file in (stale, own):
+        file.touch()
+    write_report([tmp_path], tmp_path / "out")
+    assert not stale.exists() and own.exists()
 
 
 def test_the_csv_holds_the_numbers_unrounded(found: Comparison) -> None:
