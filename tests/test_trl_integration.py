@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from test_processes import launch
 from tiny_models import CHATML, REWRITING, tiny_model, tiny_tokenizer
 from tiny_worlds import EchoDialogue, EchoDialogues
 
@@ -306,24 +304,7 @@ def test_a_dialogue_stops_before_its_context_is_full(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_share_their_baseline_and_wait_for_each_other(tmp_path: Path) -> None:
     """The dialogues of one process are shorter; the other one goes on alone."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"),
-            *("--num_processes", "2", "--main_process_port", "0"),
-            *(str(TESTS / "two_trl_processes.py"), str(tmp_path)),
-        ],
-        cwd=TESTS.parent,
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}",
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "HF_HOME": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = launch(str(TESTS / "two_trl_processes.py"), str(tmp_path), home=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank {rank}.pt") for rank in (0, 1)]
     assert ranks[0]["asked"] == ranks[1]["asked"]  # as often, for as many lines
