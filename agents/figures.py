@@ -1,7 +1,8 @@
 """Drawings of a comparison and of diagnostics; the only file that knows matplotlib.
 
 Every function returns a matplotlib Figure with one panel a world (a domain and its noise):
-`savefig` writes it as PNG, PDF or SVG. Methods keep their colour and marker through all figures of
+`savefig` writes it as PNG, PDF or SVG. Its label is its title, which pages and papers set
+themselves. Methods keep their colour and marker through all figures of
 a comparison; both tell them apart, and the colours are Okabe and Ito's, for colour-blind readers.
 """
 
@@ -70,7 +71,7 @@ def learning_figure(found: Comparison) -> Figure:
             every = max(1, longest // 6)
             reward_SN = _rows(rewards, longest)
             _line(axis, dialogues, reward_SN, label=method, markevery=every, **styles[method])
-        axis.set(xlabel="dialogues learned from", ylim=(0, 1))
+        axis.set(xlabel="dialogues learned from")
 
     return _figure(found, draw, "mean reward in training", "Learning curves")
 
@@ -121,32 +122,40 @@ def variance_figure(pilots: Sequence[Mapping[str, Any]]) -> Figure:
     panels[0][0].set_ylabel("variance of the gradient")
     panels[1][0].set_ylabel("cosine to the full gradient")
     panels[0][0].legend(frameon=False)
-    figure.suptitle("Variance and direction against lookahead")
-    return figure
+    return _titled(figure, "Variance and direction against lookahead")
 
 
-def dependence_figure(pilots: Sequence[Mapping[str, Any]], credit: str = "kstep:3") -> Figure:
-    """Return how the act at turn t moves the reward at turn u, next to the matrix of a credit."""
+def dependence_figure(pilots: Sequence[Mapping[str, Any]], credits: Sequence[str]) -> Figure:
+    """Return how the act at turn t moves the reward at turn u, above the matrix of a credit.
+
+    Args:
+        pilots: one column each.
+        credits: which credit's matrix stands below each pilot's map.
+    """
     maps = [np.array(pilot["dependence"]["strength_TT"]) for pilot in pilots]
     highest = max(float(np.nanmax(np.abs(value_TT))) for value_TT in maps)
-    figure = Figure(figsize=(3.4 * (len(maps) + 1), 3.9), layout="constrained")
-    axes = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
-    images = [
-        axis.imshow(value_TT, cmap="PuOr", vmin=-highest, vmax=highest)
-        for axis, value_TT in zip(axes, maps, strict=False)
-    ]
-    for axis, pilot in zip(axes, pilots, strict=False):
-        axis.set_title(_pilot_title(pilot))
-    weight_TT = parse_credit(credit).weights(len(maps[0]))
-    axes[-1].imshow(weight_TT, cmap="cividis", vmin=0.0, vmax=1.0)
-    axes[-1].set_title(f"what {credit} keeps")
-    for axis in axes:
-        turns = np.arange(len(maps[0]))
-        axis.set(xlabel="reward of turn", ylabel="act of turn")
-        axis.set_xticks(turns, [str(t + 1) for t in turns])
-        axis.set_yticks(turns, [str(t + 1) for t in turns])
-    figure.colorbar(images[0], ax=axes[:-1], label="effect on the reward")
-    figure.suptitle("Which act moves which reward")
+    figure = Figure(figsize=(3.4 * len(maps) + 1, 6.6), layout="constrained")
+    above, below = figure.subplots(2, len(maps), squeeze=False)
+    columns = zip(above, below, maps, pilots, credits, strict=True)
+    for upper, lower, strength_TT, pilot, credit in columns:
+        effects = upper.imshow(strength_TT, cmap="PuOr", vmin=-highest, vmax=highest)
+        upper.set_title(_pilot_title(pilot))
+        weight_TT = parse_credit(credit).weights(len(strength_TT))
+        weights = lower.imshow(weight_TT, cmap="cividis", vmin=0.0, vmax=1.0)
+        lower.set_title(f"what {credit} keeps")
+        for axis in (upper, lower):
+            turns = np.arange(len(strength_TT))
+            axis.set(xlabel="reward of turn", ylabel="act of turn")
+            axis.set_xticks(turns, [str(t + 1) for t in turns])
+            axis.set_yticks(turns, [str(t + 1) for t in turns])
+    figure.colorbar(effects, ax=above, label="effect on the reward")
+    figure.colorbar(weights, ax=below, label="weight of the reward")
+    return _titled(figure, "Which act moves which reward")
+
+
+def _titled(figure: Figure, title: str) -> Figure:
+    """Name a figure for the page that shows it; the title is not drawn."""
+    figure.set_label(title)
     return figure
 
 
@@ -233,8 +242,7 @@ def _figure(
         axis.set_ylabel(ylabel)
     shown = {method: legend[method] for method in styles if method in legend}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(title)
-    return figure
+    return _titled(figure, title)
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from . import page
-from .credit import Credit, advantages, partial_returns
+from .credit import CREDIT_NAMES, Credit, advantages, partial_returns
 from .figures import (
     Drawing,
     data_size_figure,
@@ -70,7 +70,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> l
         (folder / f"{name}.{kind}").unlink(missing_ok=True)
     pilots = [pilot for run in runs for pilot in read_pilots(run)]
     warnings = [*found.warnings, *pilot_warnings(pilots, found), *transcript_warnings(found)]
-    drawings = {**figures(found), **pilot_figures(pilots)}
+    drawings = {**figures(found), **pilot_figures(pilots, found)}
     files = [
         _write(folder / "table.md", markdown(found, pilots, warnings)),
         _write(folder / "table.csv", csv_table(found)),
@@ -92,7 +92,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> l
             *([page.Table("Gradients", _PILOT_NOTE, GRADIENTS, pilot_rows(pilots))] * bool(pilots)),
         ],
         figures=[
-            page.Figure(drawing.get_suptitle(), caption, svg(drawing), caption)
+            page.Figure(str(drawing.get_label()), caption, svg(drawing), caption)
             for caption, drawing in drawings.values()
         ],
         dialogues=dialogues(found),
@@ -117,7 +117,26 @@ def figures(found: Comparison) -> dict[str, tuple[str, Drawing]]:
     return drawn
 
 
-def pilot_figures(pilots: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, Drawing]]:
+def leading_credit(found: Comparison, domain: str) -> str:
+    """Return the bundled credit that earned most in a domain under its largest budget, or "full".
+
+    Of several noises the domain's first counts.
+    """
+    for world in found.worlds:
+        for budget in reversed(found.budgets(world) if world[0] == domain else []):
+            rows = [r for r in found.of(world, budget) if r.seeds and _is_bundled_credit(r.method)]
+            if rows:
+                return max(rows, key=lambda row: row.reward.mean).method
+    return "full"
+
+
+def _is_bundled_credit(method: str) -> bool:
+    return method.partition(":")[0] in CREDIT_NAMES
+
+
+def pilot_figures(
+    pilots: Sequence[Mapping[str, Any]], found: Comparison
+) -> dict[str, tuple[str, Drawing]]:
     """Return the figures of pilots, {} if there are none."""
     if not pilots:
         return {}
@@ -127,11 +146,12 @@ def pilot_figures(pilots: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, D
     )
     dependence = (
         "How strongly the act of a turn (row) moves the reward of a turn (column), measured within "
-        "groups; below the diagonal is noise alone. On the right what a credit keeps of it."
+        "groups; left of the diagonal is noise alone. Below it what the domain's best credit keeps."
     )
+    credits = [leading_credit(found, pilot["config"]["domain"]) for pilot in pilots]
     return {
         "variance": (variance, variance_figure(pilots)),
-        "dependence": (dependence, dependence_figure(pilots)),
+        "dependence": (dependence, dependence_figure(pilots, credits)),
     }
 
 
@@ -361,12 +381,16 @@ def facts(found: Comparison) -> list[tuple[str, str]]:
     versions = record.made_with.get("versions") or {}
     return [
         ("cells", str(len(found.records))),
-        *((name, str(value)) for name, value in record.settings.items() if name != "weights"),
+        *((name, _setting(value)) for name, value in record.settings.items() if name != "weights"),
         ("weights", str(record.settings.get("weights", ""))),
         ("git commit", str(record.made_with.get("git_commit"))),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
         ("hardware", json.dumps(record.made_with.get("hardware"))),
     ]
+
+
+def _setting(value: Any) -> str:
+    return "each method's default" if value is None else str(value)
 
 
 def dialogues(found: Comparison) -> Iterator[page.Dialogue]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ppg_env
-from agents.compare import CompareConfig, compare
+from agents.compare import Cell, CompareConfig, compare
 from agents.figures import data_size_figure, dependence_figure, drift_figure, variance_figure
 from agents.pilot import PilotConfig, read_pilots, run_pilot
 from agents.report import (
@@ -55,7 +55,6 @@ def configurations(run: str, seeds: int, quick: bool, workers: int) -> list[Comp
         CompareConfig(run=run, methods=METHODS, budgets=(256, 1024), seeds=seeds, workers=workers),
         CompareConfig(
             run=run,
-            domains=("chatting", "therapy"),
             methods=NOISY_METHODS,
             budgets=(256, 1024),
             seeds=seeds,
@@ -127,7 +126,8 @@ def write_docs(found: Comparison, pilots: Sequence[Mapping[str, Any]]) -> None:
     data_size_figure(found).savefig(DOCS / "results_data_size.png", dpi=110)
     drift_figure(found).savefig(DOCS / "results_drift.png", dpi=110)
     variance_figure(pilots).savefig(DOCS / "results_variance.png", dpi=110)
-    dependence_figure(pilots).savefig(DOCS / "results_dependence.png", dpi=110)
+    covering = [COVERING[pilot["config"]["domain"]] for pilot in pilots]
+    dependence_figure(pilots, covering).savefig(DOCS / "results_dependence.png", dpi=110)
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def main() -> None:
     for c in configurations(run, options.seeds, options.quick, options.workers):
         told = 0.0
 
-        def show(share: dict) -> None:
+        def show(share: Mapping[Cell, float]) -> None:
             nonlocal told
             if time.perf_counter() - told > 30:
                 told = time.perf_counter()

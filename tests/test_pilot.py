@@ -64,7 +64,8 @@ def test_they_are_part_of_the_comparisons_report(run: Path, pilot: Pilot) -> Non
     files = {path.name: path for path in write_report([run])}
     assert {"variance.pdf", "variance.png", "dependence.pdf", "dependence.png"} <= set(files)
     page = files["report.html"].read_text(encoding="utf-8")
-    assert "Which act moves which reward" in page and "cannot tell; the pilot has 3" in page
+    assert "Which act moves which reward" in page and "what full keeps" in page
+    assert "cannot tell; the pilot has 3" in page
     rows = pilot_rows([pilot_record(pilot)])
     assert {len(row) for row in rows} == {len(GRADIENTS)}
     (finding,) = pilot_findings([pilot_record(pilot)])

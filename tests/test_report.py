@@ -21,6 +21,7 @@ from agents.report import (
     earned_rows,
     facts,
     findings,
+    leading_credit,
     markdown,
     transcript_warnings,
     write_report,
@@ -170,6 +171,22 @@ def test_the_facts_name_the_conditions(found: Comparison) -> None:
     named = dict(facts(found))
     assert {"model", "episodes", "max_turns", "weights", "git commit", "versions"} <= set(named)
     assert "torch" in named["versions"]
+
+
+def test_figures_have_a_title_for_the_page_that_is_not_drawn(found: Comparison) -> None:
+    for figure in (drift_figure(found), learning_figure(found), data_size_figure(found)):
+        assert figure.get_label() and not figure.get_suptitle()
+
+
+def test_the_leading_credit_is_the_best_bundled_one_of_the_domain(found: Comparison) -> None:
+    rows = [row for row in found.of(("chatting", 0.1), 128) if row.method != "untrained"]
+    best = max(rows, key=lambda row: row.reward.mean)
+    assert leading_credit(found, "chatting") == best.method
+    rows.remove(best)
+    without = Comparison([r for r in found.records if r.cell.method != best.method])
+    second = max(rows, key=lambda row: row.reward.mean)
+    assert leading_credit(without, "chatting") == second.method
+    assert leading_credit(found, "education") == "full"
 
 
 def test_the_drift_figure_shows_the_mean_over_seeds_and_their_range(found: Comparison) -> None:
