@@ -15,9 +15,6 @@ from ..dialogue import Persona
 from .domain import Attribute, Domain, Phase, choose, prefixed
 from .lexicon import Claim, Reading
 
-MAX_DETAILS = 3
-"""A line may speak to at most this many attributes; more is a list, not conversation."""
-
 JOB = Attribute(
     name="job",
     values={
