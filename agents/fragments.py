@@ -5,9 +5,12 @@
     found.return_NE[found.complete_NE]
 
 N steps of a rollout, E environments side by side. A fragment is what one rollout holds of an
-episode. A step is complete if the rollout holds all rewards that it answers for; of the others
-nothing is made up: they are dropped, or, if asked for, one value stands for all that is still to
-come, where the credit allows that.
+episode. A step counts if the rollout holds all rewards that it answers for, and if that was certain
+before it was taken: were it a matter of how the episode went, those that end soon would count and
+the others would not, and the gradient would be that of another objective. So it is a matter of
+place: the step's window ends within the rollout, or the longest possible episode would. Other steps
+are dropped, or, if asked for, one value stands for all that is still to come, where the credit
+allows that.
 """
 
 from __future__ import annotations
@@ -19,13 +22,18 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from .credit import Credit, Subset
+from .credit import Credit, Discounted, FullPlanning, Greedy, KStep, Segment, Subset
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 MOST_TURNS = 4096
-"""Longer episodes are refused: a matrix of 4,096 x 4,096 weights takes 128 MB."""
+"""Of more no matrix is made: it has twice as many rows and columns, 512 MiB."""
+
+TO_THE_END = np.iinfo(np.int64).max
+"""The last turn that a step asks for where that is beyond every rollout, as of full planning."""
+
+_SAME_FROM_EVERY_TURN = (Greedy, KStep, FullPlanning, Discounted)
 
 
 class CreditMatrix:
@@ -45,39 +53,76 @@ class CreditMatrix:
         self._credit, self._gamma, self._boundaries = credit, gamma, boundaries
         self._weight_TT = np.zeros((0, 0))
         self.first_T = self.last_T = np.zeros(0, dtype=np.int64)  # that a turn asks for
+        self.counts_turns = not isinstance(credit, _SAME_FROM_EVERY_TURN)
+        """Whether it matters how many turns an episode had before; if not, it may have any."""
 
-    def over(self, num_turns: int) -> FloatArray:
-        """Return weight_TT of at least one turn more than `num_turns`, where the credit has more.
+    def over(self, num_turns: int, rollout: int = 0) -> FloatArray:
+        """Return weight_TT of twice as many turns as episode or rollout have, or of a whole Subset.
 
         Raises:
             ValueError: that are more turns than a matrix is made for, or than a Subset covers.
         """
-        if num_turns > MOST_TURNS:
+        most = max(num_turns, rollout)
+        if most > MOST_TURNS:
             raise ValueError(
-                f"An episode has more than {MOST_TURNS} turns; end it earlier, for instance with "
-                "gymnasium.wrappers.TimeLimit."
+                f"An episode or a rollout has more than {MOST_TURNS} turns; for "
+                f"{self._credit.name} end it earlier, for instance with "
+                "gymnasium.wrappers.TimeLimit, or lower n_steps."
             )
-        if num_turns >= len(self._weight_TT):
-            size = max(64, 2 * num_turns)
-            if isinstance(self._credit, Subset):
-                size = max(num_turns, len(np.asarray(self._credit.matrix)))
+        covered = len(np.asarray(self._credit.matrix)) if isinstance(self._credit, Subset) else None
+        size = max(64, 2 * most) if covered is None else covered
+        if len(self._weight_TT) < size:
             weight_TT = self._credit.weights(size, self._boundaries)
             turn_T = np.arange(size)
-            self._weight_TT = weight_TT * self._gamma ** np.abs(turn_T[:, None] - turn_T)
-            asked_TT = self._weight_TT != 0
+            if self._gamma < 1:
+                weight_TT = weight_TT * self._gamma ** np.abs(turn_T[:, None] - turn_T)
+            self._weight_TT = weight_TT
+            asked_TT = weight_TT != 0
             self.first_T = np.where(asked_TT.any(axis=1), asked_TT.argmax(axis=1), turn_T)
             self.last_T = size - 1 - asked_TT[:, ::-1].argmax(axis=1)
+            if covered is None:
+                self.last_T[self.last_T == size - 1] = TO_THE_END
             self.last_T[~asked_TT.any(axis=1)] = -1
+        if covered is not None and num_turns > covered:
+            self._credit.weights(num_turns)  # says how many turns it covers
         return self._weight_TT
+
+    def certain(self, turns: slice, end: int, longest: int | None) -> BoolArray:
+        """Return for which turns it is certain beforehand that a rollout holds all they ask for.
+
+        Args:
+            turns: of the fragment.
+            end: which turn the episode would have after the rollout's last step.
+            longest: turns that no episode exceeds; None = not known. Then a turn that asks for
+                everything until its episode's end is taken on trust.
+        """
+        last_T = self.last_T[turns]
+        if longest is None:
+            return (last_T < end) | (last_T == TO_THE_END)
+        return np.minimum(last_T, longest - 1) < end
+
+    def ahead(self, rollout: int) -> int:
+        """Return how many rewards the first turns ask for; TO_THE_END = beyond the rollout."""
+        if isinstance(self._credit, KStep):
+            return self._credit.k
+        if isinstance(self._credit, Segment) and self._credit.length:
+            return self._credit.length
+        self.over(0, rollout)
+        last_T = self.last_T[:rollout]
+        if (last_T == TO_THE_END).any():
+            return TO_THE_END
+        return int((last_T - np.arange(len(last_T))).max(initial=-1)) + 1
 
     @property
     def has_one_tail(self) -> bool:
         """Whether one value can stand for all rewards after a cut, whichever turn asks.
 
-        That is so if, after any cut, all rows are multiples of one another: of full planning,
-        discounting, segments and greedy, not of K steps with K > 1.
+        That is so if rows hold later rewards only and, after any cut, are multiples of one another:
+        of full planning, discounting, segments and greedy, not of K steps with K > 1.
         """
         weight_TT = self.over(0)
+        if np.tril(weight_TT, -1).any():  # a value of what a turn asks for holds the past as well
+            return False
         return all(
             _share_of_tail(weight_TT[:cut, cut:], weight_TT[cut, cut:]) is not None
             for cut in range(1, min(64, len(weight_TT)))
@@ -89,7 +134,7 @@ class FragmentReturns:
     """What the steps of a rollout answer for.
 
     Attributes:
-        return_NE: partial returns; NaN where a step is not complete.
+        return_NE: partial returns; NaN where a step does not count.
         turn_NE: how many steps the episode had before.
     """
 
@@ -98,7 +143,7 @@ class FragmentReturns:
 
     @property
     def complete_NE(self) -> BoolArray:
-        """Whether the rollout holds (or a value stands for) all that the step answers for."""
+        """Whether the rollout surely holds (or a value stands for) all that the step asks for."""
         return ~np.isnan(self.return_NE)
 
 
@@ -109,6 +154,7 @@ def fragment_returns(
     first_turn_E: npt.ArrayLike,
     credit: CreditMatrix,
     value_NE: npt.ArrayLike | None = None,
+    longest: int | None = None,
 ) -> FragmentReturns:
     """Return what each step of a rollout answers for.
 
@@ -120,6 +166,8 @@ def fragment_returns(
         credit: the weights.
         value_NE: where an episode is cut after the step, the value of what follows in the credit's
             own terms (the expected return of the next step); NaN = not known, as without it.
+        longest: turns that no episode exceeds; None = not known. Then steps that answer for
+            everything to come count if their episode happens to end.
 
     Raises:
         ValueError: a reward is not finite, or an episode is too long.
@@ -139,13 +187,25 @@ def fragment_returns(
             offset = turn if first == 0 and not start_NE[0, e] else 0
             turns = slice(offset, offset + stop - first)
             turn_NE[first:stop, e] = np.arange(turns.start, turns.stop)
-            weight_TT = credit.over(turns.stop)
+            if longest is not None and turns.stop > longest:
+                raise ValueError(
+                    f"An episode of environment {e} has {turns.stop} steps or more, and "
+                    f"longest_episode is {longest}: raise it."
+                )
+            end = offset + len(reward_NE) - first
+            bound = longest
+            if not credit.counts_turns:  # turns within the fragment will do
+                turns, end = slice(0, stop - first), end - offset
+                bound = None if longest is None else longest - offset
+            weight_TT = credit.over(turns.stop, len(reward_NE))
             found_T = weight_TT[turns, turns] @ reward_NE[first:stop, e]
             if not end_NE[stop - 1, e]:
                 value = np.nan if value_NE is None else np.asarray(value_NE)[stop - 1, e]
                 found_T += _tail(credit, turns, value)
+            if value_NE is None:
+                found_T[~credit.certain(turns, end, bound)] = np.nan
             # Rewards before the fragment are in an earlier rollout; only Trajectory asks for them.
-            found_T[credit.first_T[turns] < offset] = np.nan
+            found_T[credit.first_T[turns] < turns.start] = np.nan
             return_NE[first:stop, e] = found_T
     return FragmentReturns(return_NE, turn_NE)
 

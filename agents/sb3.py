@@ -6,9 +6,10 @@ Every update takes one gradient step along
 
     (1/M) sum_m A_m grad log pi(a_m | s_m),   A = partial return - baseline
 
-over the M steps of a rollout (n_steps in each parallel environment) whose rewards are complete.
-With full credit and a discount this is REINFORCE with reward-to-go; with a value baseline and
-bootstrapping it is A2C with gae_lambda = 1.
+over those M steps of a rollout (n_steps in each parallel environment) of which it is certain
+beforehand that the rollout will hold all rewards they answer for. With full credit and a discount
+this is REINFORCE with reward-to-go; with a value baseline and bootstrapping it is A2C with
+gae_lambda = 1 and a rollout as one batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.base_class import maybe_make_env
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -32,8 +34,8 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import explained_variance
 from stable_baselines3.common.vec_env import VecEnv
 
-from .credit import Credit, KStep, Segment, leave_one_out, parse_credit
-from .fragments import CreditMatrix, FragmentReturns, fragment_returns
+from .credit import Credit, leave_one_out, parse_credit
+from .fragments import TO_THE_END, CreditMatrix, FragmentReturns, fragment_returns
 
 Baseline = Literal["leave_one_out", "value", "none"]
 
@@ -52,16 +54,23 @@ class PartialPG(OnPolicyAlgorithm):
             turn, for many parallel environments (with no other, the advantage is 0); "value": a
             learned value function; "none".
         bootstrap: what becomes of a step some of whose rewards lie beyond the end of the rollout.
-            False: it is dropped, and time limits (truncation) are ends. True: the value function
-            stands for what follows the rollout or a time limit, which needs baseline="value" and a
-            credit whose rest is the same for all steps (full, discounted, segment, greedy).
+            False: it is dropped, and time limits (truncation) are ends. Of kstep:K the last K - 1
+            steps of a rollout go, of full all episodes that could last beyond its end. True: the
+            value function stands for what follows the rollout or a time limit, which needs
+            baseline="value" and a credit whose rest is the same for all steps (full, discounted,
+            segment, greedy).
+        longest_episode: steps that no episode exceeds, for bootstrap=False; None: the environment's
+            registered time limit, if it has one. If there is no bound, steps that answer for
+            everything to come count whenever their episode ends in time, which favours short
+            episodes; that is warned of.
         boundaries: first turns of the segments, for credit="segment".
         learning_rate: of the policy's optimizer, a number or a function of the remaining progress.
         n_steps: steps of a rollout in each environment.
         gamma: discount factor, on top of the credit.
         ent_coef, vf_coef: weights of the entropy bonus and of the value loss.
         max_grad_norm: gradients are scaled down to this norm.
-        normalize_advantage: to mean 0 and deviation 1 over the rollout.
+        normalize_advantage: to mean 0 and deviation 1 over the rollout; the gradient is then no
+            longer the one above.
         use_sde, sde_sample_freq, stats_window_size, tensorboard_log, policy_kwargs, verbose, seed,
             device: as of every Stable-Baselines3 algorithm.
 
@@ -83,13 +92,14 @@ class PartialPG(OnPolicyAlgorithm):
         baseline: Baseline = "leave_one_out",
         bootstrap: bool = False,
         boundaries: tuple[int, ...] | None = None,
+        longest_episode: int | None = None,
         learning_rate: float | Schedule = 1e-3,
         n_steps: int = 128,
         gamma: float = 1.0,
         ent_coef: float = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float = 0.5,
-        normalize_advantage: bool = True,
+        normalize_advantage: bool = False,
         use_sde: bool = False,
         sde_sample_freq: int = -1,
         stats_window_size: int = 100,
@@ -100,9 +110,13 @@ class PartialPG(OnPolicyAlgorithm):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        env = maybe_make_env(env, verbose)
         _refuse_text(env)
-        self.credit = parse_credit(credit) if isinstance(credit, str) else credit
+        self.credit = _as_credit(credit)
         self.baseline, self.bootstrap, self.boundaries = baseline, bootstrap, boundaries
+        self.longest_episode = longest_episode
+        self._longest = longest_episode
+        self._turn_E = np.zeros(0, dtype=np.int64)
         self.normalize_advantage = normalize_advantage
         super().__init__(
             policy,
@@ -132,39 +146,56 @@ class PartialPG(OnPolicyAlgorithm):
         super()._setup_model()
         self.rollout_buffer.compute_returns_and_advantage = self._credit_rollout  # type: ignore[method-assign]
         self._cut_value_NE = np.zeros((0, 0))
-        self._turn_E = np.zeros(self.n_envs, dtype=np.int64)
+        if len(self._turn_E) != self.n_envs:
+            self._turn_E = np.zeros(self.n_envs, dtype=np.int64)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_matrix", "_cut_value_NE", "_turn_E"]
+        return [*super()._excluded_save_params(), "_matrix", "_cut_value_NE"]
 
     def _refuse_unusable(self) -> None:
+        self.credit = _as_credit(self.credit)  # what is handed to load comes here as it is
         if self.baseline not in get_args(Baseline):
             raise ValueError(
                 f"Unknown baseline {self.baseline!r}; there are {', '.join(get_args(Baseline))}."
             )
-        if self.baseline == "leave_one_out" and self.n_envs < 2:
-            raise ValueError(
-                "baseline='leave_one_out' compares parallel environments, and there is one; make "
-                "more (make_vec_env(..., n_envs=8)), or take baseline='value'."
-            )
-        ahead = self.credit.k if isinstance(self.credit, KStep) else None
-        ahead = self.credit.length if isinstance(self.credit, Segment) else ahead
-        if ahead is not None and ahead > self.n_steps and not self.bootstrap:
-            raise ValueError(
-                f"{self.credit.name} looks {ahead} rewards ahead, a rollout has n_steps="
-                f"{self.n_steps} of each environment: most steps would be dropped. Raise n_steps, "
-                "or take credit='full' where episodes are shorter."
-            )
-        if self.bootstrap and self.baseline != "value":
+        self._matrix = CreditMatrix(self.credit, self.gamma, self.boundaries)
+        self._matrix.over(0)  # what the credit lacks shows now
+        if not self.bootstrap:
+            self._check_that_rollouts_hold_enough()
+        elif self.baseline != "value":
             raise ValueError(
                 f"bootstrap=True needs a value function: baseline='value', got {self.baseline!r}."
             )
-        self._matrix = CreditMatrix(self.credit, self.gamma, self.boundaries)
-        self._matrix.over(0)  # what the credit lacks shows now
-        if self.bootstrap and not self._matrix.has_one_tail:
+        elif not self._matrix.has_one_tail:
             raise ValueError(
                 f"With {self.credit.name} steps answer for different parts of what follows a cut, "
-                "and one value cannot stand for all of them: bootstrap=False drops such steps."
+                "or for what was before it, and one value cannot stand for all of them: "
+                "bootstrap=False drops such steps."
+            )
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """Go on in another environment, as in Stable-Baselines3."""
+        super().set_env(env, force_reset)
+        if not self.bootstrap:
+            self._check_that_rollouts_hold_enough()
+
+    def _check_that_rollouts_hold_enough(self) -> None:
+        longest = _time_limit(self.env) if self.longest_episode is None else self.longest_episode
+        self._longest = longest
+        ahead = self._matrix.ahead(self.n_steps)
+        ahead = ahead if longest is None else min(ahead, longest)
+        if self.env is not None and ahead == TO_THE_END:
+            _tell(
+                f"{self.credit.name} answers for everything until its episode's end, and no bound "
+                "on episodes is known: only those that end before the rollout does count, which "
+                "favours short ones. Say longest_episode=..., or bootstrap."
+            )
+        elif self.env is not None and ahead > self.n_steps:
+            raise ValueError(
+                f"{self.credit.name} looks {ahead} rewards ahead, a rollout has n_steps="
+                f"{self.n_steps} of each environment, which need not hold them. Raise n_steps (to "
+                "several times as many), take a credit that looks less far ahead, or "
+                "bootstrap=True with baseline='value', where the credit allows that."
             )
 
     # -- rollouts ----------------------------------------------------------------------------------
@@ -179,7 +210,10 @@ class PartialPG(OnPolicyAlgorithm):
         """Fill the buffer; its returns and advantages are the credit's, NaN = not complete."""
         self._cut_value_NE = np.full((n_rollout_steps, env.num_envs), np.nan)
         self._step = 0
-        return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        if not going_on:  # stopped in the midst of a rollout: whoever goes on begins anew
+            self._last_obs = None
+        return going_on
 
     def _credit_rollout(self, last_values: torch.Tensor, dones: np.ndarray) -> None:
         """Set returns and advantages of the full buffer, in the place of the buffer's own way."""
@@ -191,7 +225,13 @@ class PartialPG(OnPolicyAlgorithm):
             self._cut_value_NE[-1, ~ends_E] = value_E[~ends_E]
             end_NE &= np.isnan(self._cut_value_NE)
         found = fragment_returns(
-            buffer.rewards, start_NE, end_NE, self._turn_E, self._matrix, self._cut_value_NE
+            buffer.rewards,
+            start_NE,
+            end_NE,
+            self._turn_E,
+            self._matrix,
+            self._cut_value_NE if self.bootstrap else None,
+            self._longest,
         )
         self._turn_E = found.turn_NE[-1] + 1
         buffer.returns = found.return_NE.astype(np.float32)
@@ -208,7 +248,7 @@ class PartialPG(OnPolicyAlgorithm):
         super()._update_info_buffer(infos, dones)
         for e, info in enumerate(infos):
             if info.get("TimeLimit.truncated", False):
-                if self.bootstrap:
+                if self.bootstrap and "terminal_observation" in info:
                     last_observation, _ = self.policy.obs_to_tensor(info["terminal_observation"])
                     with torch.no_grad():
                         value = self.policy.predict_values(last_observation).item()
@@ -228,6 +268,12 @@ class PartialPG(OnPolicyAlgorithm):
                 # Steps at the same turn are of different episodes, hence independent. Steps at
                 # other turns may be of the same one, so that they are no baseline for who is alone.
                 alone_M = np.bincount(turn_M)[turn_M] < 2
+                if alone_M.all():
+                    _tell(
+                        "No step of this rollout has another episode to compare with, so nothing "
+                        "is learned from it: make more environments (make_vec_env(..., n_envs=8)), "
+                        "raise n_steps, or take baseline='value'."
+                    )
                 advantage_M = leave_one_out(return_M[:, None], turn_M)[:, 0]
                 advantage_NE[complete_NE] = np.where(alone_M, 0.0, advantage_M)
         return advantage_NE.astype(np.float32)
@@ -242,8 +288,13 @@ class PartialPG(OnPolicyAlgorithm):
         complete_M = ~torch.isnan(batch.advantages)
         share = complete_M.float().mean().item()
         self.logger.record("train/complete_steps", share)
+        if share < 0.5:
+            _tell(
+                f"{share:.0%} of this rollout's steps count for {self.credit.name}, the others "
+                f"might have been cut: raise n_steps={self.n_steps}, take a credit that looks less "
+                "far ahead, or bootstrap."
+            )
         if not share:
-            self._warn_of_nothing_complete()
             return
         actions = batch.actions.long().flatten() if self._is_discrete else batch.actions
         observations = batch.observations
@@ -283,20 +334,38 @@ class PartialPG(OnPolicyAlgorithm):
     def _is_discrete(self) -> bool:
         return isinstance(self.action_space, spaces.Discrete)
 
-    def _warn_of_nothing_complete(self) -> None:
-        warnings.warn(
-            f"No step of this rollout has all rewards that {self.credit.name} asks for, so nothing "
-            f"is learned from it: raise n_steps={self.n_steps}, take a credit that looks less far "
-            "ahead, or bootstrap.",
-            stacklevel=2,
-        )
 
-
-def _refuse_text(env: GymEnv | str) -> None:
-    space = getattr(env, "action_space", None)
-    known = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-    if space is not None and not isinstance(space, known):
+def _as_credit(credit: Any) -> Credit:
+    if isinstance(credit, str):
+        return parse_credit(credit)
+    if not callable(getattr(credit, "weights", None)):
         raise ValueError(
-            f"Stable-Baselines3 has no policy for actions of {space}. For dialogues as text wrap "
-            "the environment: EmbeddedObservation(DiscreteReply(env)), both of ppg_env."
+            f"credit is a name such as 'kstep:5' or a credit of agents.credit, got {credit!r}."
+        )
+    return credit
+
+
+def _tell(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def _time_limit(env: VecEnv | None) -> int | None:
+    """Return the time limit that all environments are registered with; None if one has none."""
+    try:
+        limits = [spec and spec.max_episode_steps for spec in env.get_attr("spec")] if env else []
+    except AttributeError:
+        return None
+    return max(limits) if limits and all(limits) else None
+
+
+def _refuse_text(env: GymEnv | None) -> None:
+    known = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+    if env is not None and not (
+        isinstance(env.action_space, known)
+        and isinstance(env.observation_space, (*known, spaces.Dict))
+    ):
+        raise ValueError(
+            f"Stable-Baselines3 has no policy for observations of {env.observation_space} and "
+            f"actions of {env.action_space}. For dialogues as text wrap the environment: "
+            "EmbeddedObservation(DiscreteReply(env)), both of ppg_env."
         )

@@ -1,16 +1,19 @@
 """Does partial credit help outside dialogue? K sweep x data budget x 10 seeds in four worlds.
 
-    python -m benchmarks.beyond_dialogue                 # 11 minutes on 2 cores
+    python -m benchmarks.beyond_dialogue                 # MINUTES minutes on 2 cores
     python -m benchmarks.beyond_dialogue --seeds 2 --worlds perishables     # a look
 
 Run again, it goes on with what is missing. With --docs writes the table and the figure of
 docs/results.md. Every cell is one PartialPG run with leave-one-out baselines; only the credit
-differs. A budget is a number of environment steps; one run is measured at all three.
+differs, and with it how many steps count: those that a rollout might cut do not (agents.sb3), so
+rollouts hold several of the longest episodes, and their share is in the table. A budget is a number
+of environment steps; one run is measured at all three.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 from collections.abc import Sequence
@@ -20,8 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 from scipy import stats
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
+from agents.sb3 import PartialPG
 from agents.statistics import Estimate, holm
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -29,32 +38,54 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 @dataclass(frozen=True)
 class World:
-    """What is learned, with which settings."""
+    """What is learned, with which settings.
+
+    Attributes:
+        env: registered id, or module:Class.
+        longest: time limit of an episode, in steps.
+        n_envs, n_steps: a rollout.
+    """
 
     env: str
-    credits: tuple[str, ...]
+    longest: int
+    n_envs: int
+    n_steps: int
     budgets: tuple[int, ...]
-    n_steps: int = 256
+    credits: tuple[str, ...]
 
 
 WORLDS = {
     "perishables": World(
         "benchmarks.small_worlds:Perishables",
-        ("kstep:1", "kstep:3", "kstep:4", "kstep:10", "full"),
-        (8_192, 24_576, 81_920),
+        longest=40,
+        n_envs=8,
+        n_steps=240,
+        budgets=(7_680, 24_960, 80_640),
+        credits=("kstep:1", "kstep:3", "kstep:4", "kstep:10", "full"),
     ),
     "keys and doors": World(
         "benchmarks.small_worlds:KeysAndDoors",
-        ("kstep:1", "kstep:4", "kstep:8", "kstep:16", "full"),
-        (20_480, 61_440, 122_880),
+        longest=48,
+        n_envs=8,
+        n_steps=240,
+        budgets=(19_200, 61_440, 122_880),
+        credits=("kstep:1", "kstep:4", "kstep:8", "kstep:16", "full"),
     ),
     "CartPole-v1": World(
         "CartPole-v1",
-        ("kstep:1", "kstep:5", "kstep:20", "kstep:80", "full"),
-        (20_480, 61_440, 122_880),
+        longest=200,
+        n_envs=4,
+        n_steps=1024,
+        budgets=(20_480, 61_440, 122_880),
+        credits=("kstep:1", "kstep:5", "kstep:20", "kstep:80", "full"),
     ),
     "Acrobot-v1": World(
-        "Acrobot-v1", ("kstep:1", "kstep:20", "kstep:80", "full"), (20_480, 40_960, 81_920), 512
+        "Acrobot-v1",
+        longest=500,
+        n_envs=4,
+        n_steps=2000,
+        budgets=(40_000, 80_000, 160_000),
+        credits=("kstep:1", "kstep:20", "kstep:80", "full"),
     ),
 }
 
@@ -68,42 +99,62 @@ class Cell:
     seed: int
 
 
-def make_envs(env: str, number: int, seed: int) -> Any:
-    """Return parallel environments, by registered id or module:Class."""
-    import importlib
+def make_envs(world: World, seed: int) -> Any:
+    """Return parallel environments."""
+    module, colon, name = world.env.partition(":")
+    if colon:  # their episodes have this very length
+        return make_vec_env(getattr(importlib.import_module(module), name), world.n_envs, seed)
+    settings = {"max_episode_steps": world.longest}
+    return make_vec_env(world.env, world.n_envs, seed, env_kwargs=settings)
 
-    from stable_baselines3.common.env_util import make_vec_env
 
-    module, colon, name = env.partition(":")
-    made = getattr(importlib.import_module(module), name) if colon else env
-    return make_vec_env(made, n_envs=number, seed=seed)
+class ShareThatCounts(BaseCallback):
+    """Notes which share of each rollout's steps counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[float] = []
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.found.append(float(np.mean(~np.isnan(self.model.rollout_buffer.advantages))))
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
     """Learn, and measure the mean return of 32 episodes at every budget."""
-    import torch
-    from stable_baselines3.common.evaluation import evaluate_policy
-
-    from agents.sb3 import PartialPG
-
     torch.set_num_threads(1)
     world = WORLDS[cell.world]
     agent = PartialPG(
         "MlpPolicy",
-        make_envs(world.env, 8, 1_000 * cell.seed),
+        make_envs(world, 1_000 * cell.seed),
         cell.credit,
+        longest_episode=world.longest,
         n_steps=world.n_steps,
         learning_rate=3e-3,
         ent_coef=0.01,
+        normalize_advantage=True,
         seed=cell.seed,
         device="cpu",
     )
-    returns = []
+    returns, shares = [], ShareThatCounts()
     for budget in world.budgets:
-        agent.learn(budget - agent.num_timesteps, reset_num_timesteps=False)
-        held_out = make_envs(world.env, 8, 500_000 + 1_000 * cell.seed)
+        steps = budget - agent.num_timesteps
+        agent.learn(steps, callback=shares, reset_num_timesteps=False)
+        held_out = make_envs(world, 500_000 + 1_000 * cell.seed)
         returns.append(evaluate_policy(agent, held_out, n_eval_episodes=32, deterministic=False)[0])
-    return {**asdict(cell), "budgets": world.budgets, "returns": [float(r) for r in returns]}
+    return {
+        **asdict(cell),
+        "settings": settings_of(world),
+        "returns": [float(r) for r in returns],
+        "count": float(np.mean(shares.found)),
+    }
+
+
+def settings_of(world: World) -> dict[str, Any]:
+    """Return what a cell of the world depends on, as JSON gives it back."""
+    return json.loads(json.dumps({**asdict(world), "credits": ()}))
 
 
 # -- what came out ---------------------------------------------------------------------------------
@@ -111,7 +162,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Point:
-    """A credit under a budget: mean return, difference to full, its p-value after Holm."""
+    """A credit under a budget: mean return, difference to full, its p-value after Holm.
+
+    `count` is the share of a run's steps that count for the credit, over all of the run.
+    """
 
     world: str
     credit: str
@@ -119,6 +173,7 @@ class Point:
     mean: Estimate
     over_full: Estimate | None
     p_value: float
+    count: float
 
 
 def interval(value_S: np.ndarray) -> Estimate:
@@ -158,6 +213,7 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
                     interval(np.array(list(by_seed.values()))),
                     interval(gaps[credit]) if credit in gaps else None,
                     adjusted.get(credit, float("nan")),
+                    float(np.mean([r["count"] for r in of_world if r["credit"] == credit])),
                 )
                 for credit, by_seed in returns.items()
             ]
@@ -166,21 +222,20 @@ def points(rows: Sequence[dict[str, Any]]) -> list[Point]:
 
 def table(found: Sequence[Point]) -> str:
     """Return a Markdown table."""
-    lines = ["| world | steps | credit | return | minus full | p |", "|---|---|---|---|---|---|"]
+    header = ("world", "steps", "credit", "return", "minus full", "p", "steps that count")
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for point in found:
         gap = "" if point.over_full is None else f"{point.over_full:+.3g}"
         p_value = "" if np.isnan(point.p_value) else f"{point.p_value:.2g}"
         lines.append(
             f"| {point.world} | {point.budget:,} | {point.credit} | {point.mean:.3g} | {gap} | "
-            f"{p_value} |"
+            f"{p_value} | {point.count:.2f} |"
         )
     return "\n".join(lines)
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
     """Draw the return against the budget, one panel a world."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(point.world for point in found))
     figure = Figure(figsize=(4.0 * len(names), 3.6), layout="constrained")
     styles = [("#999999", "s"), ("#E69F00", "o"), ("#56B4E9", "v"), ("#009E73", "^")]
@@ -220,9 +275,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--docs", action="store_true", help="also write docs/results.md")
     options = parser.parse_args()
+    if options.docs and set(options.worlds) != set(WORLDS):
+        parser.error("--docs writes the whole table: leave --worlds out.")
     file = Path(options.out) / "cells.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    for row in rows:
+        if row["settings"] != settings_of(WORLDS[row["world"]]):
+            raise SystemExit(f"{file} holds cells of {row['world']} with other settings: move it.")
     known = {(row["world"], row["credit"], row["seed"]) for row in rows}
     cells = [
         Cell(name, credit, seed)

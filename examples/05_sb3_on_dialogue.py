@@ -23,7 +23,8 @@ TURNS, NOISE = 8, 0.1
 
 def make(domain: str, personas: str) -> gym.Env:
     """Return the environment for learners of numbers."""
-    env = gym.make("PersonaDialogue-v0", domain=domain, personas=personas, max_turns=TURNS)
+    settings = {"domain": domain, "personas": personas, "max_turns": TURNS, "noise": NOISE}
+    env = gym.make("PersonaDialogue-v0", **settings)
     return EmbeddedObservation(DiscreteReply(env))
 
 

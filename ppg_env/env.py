@@ -81,6 +81,8 @@ class PersonaDialogueEnv(gym.Env[Messages, str]):
         verdict_cache: str | Path | None = None,
         render_mode: str | None = None,
     ) -> None:
+        if render_mode == "rgb_array":  # Stable-Baselines3 asks every environment for pictures
+            render_mode = None
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode is None, 'human' or 'ansi', got {render_mode!r}.")
         self.world = World(

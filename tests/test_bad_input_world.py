@@ -61,7 +61,7 @@ def test_a_domain_is_a_name_or_a_domain():
         ({"unscorable_reward": -1.0}, "unscorable_reward"),
         ({"partner": "scriptd"}, "partner is 'scripted', .*, got 'scriptd'"),
         ({"judge": "rulez"}, "judge is 'rules', .*, got 'rulez'"),
-        ({"render_mode": "rgb_array"}, "render_mode is None, 'human' or 'ansi', got 'rgb_array'"),
+        ({"render_mode": "pixels"}, "render_mode is None, 'human' or 'ansi', got 'pixels'"),
         ({"personas": "tran"}, "Did you mean 'train'"),
         ({"personas": []}, "at least one Persona"),
     ],

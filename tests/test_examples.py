@@ -21,7 +21,7 @@ from agents.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-README = ROOT / "README.md"
+README, SB3_PAGE = ROOT / "README.md", ROOT / "docs" / "sb3.md"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 
 
@@ -151,21 +151,25 @@ def test_every_cell_of_a_notebook_runs(
         assert not [output for output in cell.outputs if output.output_type == "error"]
 
 
-def readme_blocks() -> list[str]:
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S)
+def python_blocks(page: Path) -> list[str]:
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     return [block for block in blocks if "no-test" not in block]
 
 
-def test_the_readme_shows_python() -> None:
-    assert readme_blocks()
+def test_the_pages_show_python() -> None:
+    assert len(python_blocks(README)) >= 3 and len(python_blocks(SB3_PAGE)) == 2
 
 
-@pytest.mark.parametrize("block", readme_blocks(), ids=lambda block: block.strip().splitlines()[0])
-def test_python_in_the_readme_runs(
+@pytest.mark.parametrize(
+    "block",
+    [*python_blocks(README), *python_blocks(SB3_PAGE)],
+    ids=lambda block: block.strip().splitlines()[0],
+)
+def test_python_in_the_pages_runs(
     block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # what it writes is thrown away
-    exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(block, "page", "exec"), {"__name__": "__main__"})
 
 
 @pytest.mark.slow

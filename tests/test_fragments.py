@@ -41,6 +41,7 @@ def of_one(
     gamma: float = 1.0,
     first_turn: int = 0,
     values: list[float] | None = None,
+    longest: int | None = None,
 ) -> FragmentReturns:
     """Return what the steps of one environment answer for; starts and ends are steps."""
     steps = np.arange(len(rewards))
@@ -51,6 +52,7 @@ def of_one(
         [first_turn],
         CreditMatrix(credit, gamma),
         None if values is None else np.array(values)[:, None],
+        longest,
     )
 
 
@@ -81,17 +83,20 @@ def test_environments_do_not_mix() -> None:
     start_NE = np.array([[True, True], [False, True], [False, False]])
     end_NE = np.array([[False, True], [False, False], [True, False]])
     found = fragment_returns(reward_NE, start_NE, end_NE, [0, 0], CreditMatrix(KStep(2)))
-    np.testing.assert_array_equal(found.return_NE, [[3, 10], [6, 60], [4, nan]])
+    np.testing.assert_array_equal(found.return_NE, [[3, 10], [6, 60], [nan, nan]])
 
 
 @each_credit
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_every_rollout_finds_what_the_whole_episodes_say(credit: Credit, gamma: float) -> None:
-    """Long episodes cut into rollouts of 7 steps; completeness by looking at each reward."""
+@pytest.mark.parametrize("longest", [None, 6, 19])
+def test_every_rollout_finds_what_the_whole_episodes_say(
+    credit: Credit, gamma: float, longest: int | None
+) -> None:
+    """Episodes cut into rollouts of 7 steps; what counts by looking at each reward."""
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 20, size=30)
+    lengths = rng.integers(1, (longest or 19) + 1, size=90)
     turn_N = np.concatenate([np.arange(length) for length in lengths])
-    episode_N = np.repeat(np.arange(30), lengths)
+    episode_N = np.repeat(np.arange(90), lengths)
     reward_N = rng.standard_normal(len(turn_N))
     weight_TT = credit.weights(40) * gamma ** np.abs(
         np.subtract.outer(np.arange(40), np.arange(40))
@@ -105,20 +110,51 @@ def test_every_rollout_finds_what_the_whole_episodes_say(credit: Credit, gamma: 
             (np.append(turn_N[1:], 0) == 0)[window, None],
             [turn_N[first]],
             CreditMatrix(credit, gamma),
+            longest=longest,
         )
         for n in range(first, first + 7):
             of_episode = np.flatnonzero(episode_N == episode_N[n])
-            # Of the episode's later turns an algorithm knows only that the episode goes on.
-            over = of_episode[-1] < first + 7
-            length = len(of_episode) if over else 40
-            asked = np.flatnonzero(weight_TT[turn_N[n], :length]) + of_episode[0]
-            complete = bool(np.all((asked >= first) & (asked < first + 7)))
-            assert found.complete_NE[n - first, 0] == complete, (n, asked)
-            if complete:
+            asked = np.flatnonzero(weight_TT[turn_N[n]])
+            held = of_episode[0] + min(asked[-1], (longest or 40) - 1) < first + 7
+            on_trust = longest is None and asked[-1] == 39 and credit is not EVERY_OTHER
+            sure = held or (on_trust and of_episode[-1] < first + 7)
+            counts = sure and of_episode[0] + asked[0] >= first
+            assert found.complete_NE[n - first, 0] == counts, (n, asked)
+            if counts:
                 expected = weight_TT[turn_N[n], : len(of_episode)] @ reward_N[of_episode]
                 assert found.return_NE[n - first, 0] == pytest.approx(expected)
                 seen += 1
-    assert seen >= 10
+    never = credit == Trajectory() and longest == 19  # a window of 7 surely holds none of these
+    assert seen == 0 if never else seen >= 10
+
+
+@each_credit
+def test_whether_a_step_counts_is_no_matter_of_how_its_episode_goes_on(credit: Credit) -> None:
+    """Episodes that begin at step 4 of 12 and last 1 to 6 steps, one in each environment."""
+    steps_N, length_E = np.arange(12)[:, None], np.arange(1, 7)
+    start_NE = (steps_N == 0) | (steps_N == 4) | (steps_N == 4 + length_E)
+    end_NE = np.concatenate([start_NE[1:], np.zeros((1, 6), dtype=bool)])
+    found = fragment_returns(
+        np.ones((12, 6)), start_NE, end_NE, np.zeros(6, int), CreditMatrix(credit), longest=7
+    )
+    for turn in range(6):
+        there_E = length_E > turn
+        assert len(set(found.complete_NE[4 + turn, there_E].tolist())) == 1
+    assert found.complete_NE[4].all()
+    waits = (FullPlanning, KStep, Discounted, Subset, Trajectory)
+    assert found.complete_NE[11].any() == (not isinstance(credit, waits))
+
+
+def test_what_lasts_to_the_end_is_taken_on_trust_where_no_episode_is_bounded() -> None:
+    rewards, of = [1.0, 2.0, 4.0], {"starts": [0], "ends": [2]}
+    assert of_one(FullPlanning(), rewards, **of).return_NE[:, 0].tolist() == [7, 6, 4]
+    surely = of_one(FullPlanning(), rewards, **of, longest=3)
+    assert surely.return_NE[:, 0].tolist() == [7, 6, 4]
+    assert not of_one(FullPlanning(), rewards, **of, longest=4).complete_NE.any()
+    in_midst = of_one(FullPlanning(), rewards, [], [2], first_turn=1, longest=4)
+    assert in_midst.return_NE[:, 0].tolist() == [7, 6, 4]
+    with pytest.raises(ValueError, match="has 3 steps or more, and longest_episode is 2"):
+        of_one(FullPlanning(), rewards, **of, longest=2)
 
 
 # --- one value for what follows a cut -------------------------------------------------------------
@@ -161,7 +197,7 @@ def test_where_steps_ask_for_different_parts_of_the_rest_a_value_does_not_help()
         ("segment:3", True),
         ("segment:0,2,7", True),
         ("discounted:0.9", True),
-        ("trajectory", True),
+        ("trajectory", False),
         ("kstep:1", True),
         ("kstep:2", False),
         ("kstep:5", False),
@@ -185,9 +221,15 @@ def test_a_reward_that_is_no_number_is_named(bad: float) -> None:
         of_one(Greedy(), [1.0, bad], [0], [])
 
 
-def test_endless_episodes_and_discounts_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"more than 4096 turns; .*TimeLimit"):
-        of_one(Greedy(), [1.0], [], [], first_turn=MOST_TURNS)
+def test_episodes_may_be_endless_where_turns_are_not_counted() -> None:
+    long = of_one(KStep(2), [1.0, 2.0, 4.0], [], [], first_turn=10**9)
+    np.testing.assert_array_equal(long.return_NE[:, 0], [3, 6, nan])
+    assert long.turn_NE[:, 0].tolist() == [10**9, 10**9 + 1, 10**9 + 2]
+    with pytest.raises(ValueError, match=r"more than 4096 turns; for segment:5 .*TimeLimit"):
+        of_one(Segment(length=5), [1.0], [], [], first_turn=MOST_TURNS)
+
+
+def test_discounts_out_of_range_and_matrices_too_small_are_refused() -> None:
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got 1\.5"):
         CreditMatrix(Greedy(), 1.5)
     with pytest.raises(ValueError, match="This Subset covers 2 turns but 3 are needed"):

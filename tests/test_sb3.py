@@ -24,7 +24,6 @@ from stable_baselines3.common.envs import (
 )
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from agents.credit import FullPlanning, KStep, Subset
@@ -60,7 +59,6 @@ class Countdown(gym.Env[np.ndarray, int]):
 
 
 PLAIN: dict[str, Any] = {
-    "normalize_advantage": False,
     "max_grad_norm": 1e9,
     "learning_rate": 0.5,
     "device": "cpu",
@@ -117,8 +115,8 @@ def assert_moved_along(moved: dict[str, torch.Tensor], expected: dict[str, torch
 def test_full_credit_is_reinforce_with_reward_to_go(gamma: float) -> None:
     """Two episodes of 4 steps in one rollout of 8, REINFORCE by hand."""
     env = countdowns(4)
-    agent = PartialPG("MlpPolicy", env, baseline="none", gamma=gamma, n_steps=8, **PLAIN)
-    fresh = PartialPG("MlpPolicy", env, baseline="none", gamma=gamma, n_steps=8, **PLAIN)
+    settings = {"baseline": "none", "gamma": gamma, "n_steps": 8, "longest_episode": 4, **PLAIN}
+    agent, fresh = (PartialPG("MlpPolicy", env, **settings) for _ in range(2))
     moved = one_update(agent)
     said = env.envs[0].unwrapped.said
     steps = []
@@ -208,7 +206,6 @@ def test_with_a_bootstrapped_value_full_credit_is_a2c(limit: int) -> None:
         envs(),
         baseline="value",
         bootstrap=True,
-        normalize_advantage=False,
         **settings,
     )
     ours.learn(16 * 4 * 12)
@@ -272,6 +269,51 @@ def test_every_kind_of_action_is_learned(name: str) -> None:
     assert after > 18 > before, (before, after)
 
 
+class Patience(gym.Env[np.ndarray, int]):
+    """The first action ends the episode with 1, or goes on for 10 steps of 1 each."""
+
+    observation_space = spaces.Box(0.0, 1.0, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.turn = 0
+        return np.zeros(1, dtype=np.float32), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        over = self.turn == 0 and action == 0
+        self.turn += 1
+        return np.ones(1, dtype=np.float32), 1.0, over or self.turn == 10, False, {}
+
+
+@pytest.mark.parametrize(
+    ("credit", "settings", "patient"),
+    [
+        ("kstep:4", {"n_steps": 8}, True),
+        ("full", {"n_steps": 40, "longest_episode": 10}, True),
+        ("full", {"n_steps": 8, "baseline": "value", "bootstrap": True}, True),
+        pytest.param(
+            *("full", {"n_steps": 8, "baseline": "none"}, False),
+            marks=pytest.mark.filterwarnings("ignore:.*favours short|.*of this rollout's steps"),
+        ),
+    ],
+)
+def test_long_episodes_are_learned_unless_those_that_end_soon_are_picked(
+    credit: str, settings: dict[str, Any], patient: bool
+) -> None:
+    """In the last case, which is warned of, only the impatient are ever seen to the end."""
+    env = DummyVecEnv([Patience] * 8)
+    agent = PartialPG(
+        "MlpPolicy", env, credit, learning_rate=0.01, seed=0, device="cpu", **settings
+    )
+    agent.learn(150 * 8 * agent.n_steps)
+    observation = torch.zeros((1, 1))
+    chance = agent.policy.get_distribution(observation).distribution.probs[0, 1].item()
+    assert (chance > 0.9) == patient and (chance < 0.1) != patient, chance
+
+
 def test_dictionaries_of_observations_are_taken() -> None:
     env = make_vec_env(lambda: SimpleMultiObsEnv(random_start=False), n_envs=2, seed=0)
     agent = PartialPG("MultiInputPolicy", env, "kstep:2", "none", n_steps=16, device="cpu")
@@ -327,6 +369,22 @@ def test_a_saved_agent_says_the_same_and_goes_on_as_before(tmp_path: Path) -> No
         PartialPG.load(tmp_path / "agent", env=make_vec_env("Pendulum-v1", n_envs=2))
 
 
+def test_an_agent_is_loaded_in_the_midst_of_episodes_and_with_other_settings(
+    tmp_path: Path,
+) -> None:
+    env = countdowns(6, 9)
+    agent = PartialPG("MlpPolicy", env, "segment:3", n_steps=8, device="cpu").learn(16)
+    agent.save(tmp_path / "agent")
+    goes_on = PartialPG.load(tmp_path / "agent", env=env, force_reset=False, device="cpu")
+    assert goes_on._turn_E.tolist() == agent._turn_E.tolist() == [2, 8]
+    other = PartialPG.load(tmp_path / "agent", env=countdowns(6), credit="kstep:2", device="cpu")
+    assert other.credit == KStep(2) and other._turn_E.tolist() == [0]
+    other.learn(8)
+    with pytest.raises(ValueError, match=r"credit is a name .* got 3"):
+        PartialPG.load(tmp_path / "agent", env=env, credit=3)
+    assert PartialPG.load(tmp_path / "agent").predict(np.zeros(3, dtype=np.float32))[0] in (0, 1)
+
+
 def test_callbacks_logger_and_normalisation(tmp_path: Path) -> None:
     env = VecNormalize(make_vec_env("CartPole-v1", n_envs=2, seed=0))
     agent = PartialPG("MlpPolicy", env, "kstep:5", n_steps=64, seed=0, device="cpu")
@@ -341,6 +399,7 @@ def test_callbacks_logger_and_normalisation(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob("step_*.zip")} == {
         f"step_{number}_steps.zip" for number in (128, 256, 384, 512)
     }
+    agent.logger.close()
     with (tmp_path / "progress.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {"rollout/ep_rew_mean", "train/policy_loss", "train/complete_steps"} <= rows[-1].keys()
@@ -349,14 +408,19 @@ def test_callbacks_logger_and_normalisation(tmp_path: Path) -> None:
     assert env.obs_rms.count > 100
 
 
-def test_a_callback_stops_learning() -> None:
+def test_a_callback_stops_learning_and_whoever_goes_on_begins_a_new_episode() -> None:
     class Stop(BaseCallback):
         def _on_step(self) -> bool:
-            return self.n_calls < 10
+            return self.n_calls < 5
 
-    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
-    agent = PartialPG("MlpPolicy", env, n_steps=64, device="cpu").learn(10_000, callback=Stop())
-    assert agent.num_timesteps == 20
+    env = countdowns(100)
+    agent = PartialPG("MlpPolicy", env, "segment:3", "none", n_steps=6, device="cpu")
+    agent.learn(10_000, callback=Stop())
+    assert agent.num_timesteps == 5 and agent._n_updates == 0
+    agent.learn(6, reset_num_timesteps=False)
+    rewards = [reward for *_, reward in env.envs[0].unwrapped.said[5:]]
+    by_hand = [sum(rewards[t : 3 * (t // 3) + 3]) for t in range(6)]
+    assert agent.rollout_buffer.returns[:, 0].tolist() == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("kind", [PPO, A2C, DQN, PartialPG])
@@ -368,6 +432,8 @@ def test_algorithms_learn_from_dialogues_as_a_menu_of_acts(kind: Any, domain: st
 
     envs = make_vec_env(make, n_envs=4, seed=0)
     more: dict[str, Any] = {"learning_starts": 16} if kind is DQN else {"n_steps": 16}
+    if kind is PartialPG:
+        more["longest_episode"] = 4
     agent = kind("MlpPolicy", envs, seed=0, device="cpu", **more)
     before = torch.cat([p.detach().flatten() for p in agent.policy.parameters()])
     agent.learn(128)
@@ -387,6 +453,13 @@ def test_algorithms_learn_from_dialogues_as_a_menu_of_acts(kind: Any, domain: st
     [
         ({"credit": "kstpe:3"}, "Did you mean 'kstep"),
         ({"credit": "kstep:65"}, r"kstep:65 looks 65 rewards ahead, .* n_steps=64"),
+        ({"credit": "full"}, r"full looks 500 rewards ahead, .* n_steps=64"),
+        ({"credit": Subset(np.triu(np.ones((80, 80))))}, r"looks 80 rewards ahead, .* n_steps=64"),
+        ({"credit": None}, "credit is a name such as 'kstep:5' or a credit .*, got None"),
+        (
+            {"credit": "trajectory", "bootstrap": True, "baseline": "value"},
+            "or for what was before it, and one value cannot stand",
+        ),
         ({"credit": "segment:65"}, r"segment:65 looks 65 rewards ahead"),
         ({"baseline": "mean"}, "Unknown baseline 'mean'; there are leave_one_out, value, none"),
         ({"bootstrap": True}, "bootstrap=True needs a value function: baseline='value'"),
@@ -401,36 +474,45 @@ def test_algorithms_learn_from_dialogues_as_a_menu_of_acts(kind: Any, domain: st
 def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
     env = make_vec_env("CartPole-v1", n_envs=2)
     with pytest.raises(ValueError, match=message):
-        PartialPG("MlpPolicy", env, **{"n_steps": 64, "device": "cpu", **settings})
+        PartialPG(
+            "MlpPolicy", env, **{"credit": "kstep:5", "n_steps": 64, "device": "cpu", **settings}
+        )
 
 
-def test_one_environment_has_no_others_to_compare_with() -> None:
-    with pytest.raises(ValueError, match="compares parallel environments, and there is one"):
-        PartialPG("MlpPolicy", "CartPole-v1", device="cpu")
-    PartialPG("MlpPolicy", "CartPole-v1", baseline="value", device="cpu").learn(1)
+def test_one_environment_compares_its_own_episodes_and_says_if_there_is_one_only() -> None:
+    def learn(length: int) -> bool:
+        agent = PartialPG("MlpPolicy", countdowns(length), "greedy", n_steps=8, device="cpu")
+        before = [p.detach().clone() for p in agent.policy.parameters()]
+        agent.learn(8)
+        return not all(map(torch.equal, before, agent.policy.parameters()))
+
+    assert learn(4)
+    with pytest.warns(UserWarning, match="No step .* has another episode to compare with"):
+        assert not learn(100)
 
 
-def test_text_is_no_action_and_the_remedy_is_named() -> None:
-    env = gym.make("ppg_env:PersonaDialogue-v0")
-    with pytest.raises((ValueError, NotImplementedError), match="DiscreteReply"):
-        PartialPG("MlpPolicy", env, baseline="value", device="cpu")
+@pytest.mark.parametrize("env", ["ppg_env:PersonaDialogue-v0", "menu"])
+def test_text_is_neither_action_nor_observation_and_the_remedy_is_named(env: str) -> None:
+    made: Any = DiscreteReply(gym.make("ppg_env:PersonaDialogue-v0")) if env == "menu" else env
+    with pytest.raises(ValueError, match=r"EmbeddedObservation\(DiscreteReply"):
+        PartialPG("MlpPolicy", made, "greedy", "value", device="cpu")
 
 
-def test_a_policy_of_discrete_actions_refuses_continuous_ones() -> None:
-    class OnlyDiscrete(ActorCriticPolicy):
-        def __init__(self, observation_space: Any, action_space: Any, *rest: Any, **more: Any):
-            if not isinstance(action_space, spaces.Discrete):
-                raise ValueError(f"logits for discrete actions, got {action_space}")
-            super().__init__(observation_space, action_space, *rest, **more)
+def test_an_agent_of_discrete_actions_goes_on_with_no_continuous_ones(tmp_path: Path) -> None:
+    menu = EmbeddedObservation(DiscreteReply(gym.make("PersonaDialogue-v0")), HashedWords(32))
+    menu.reset(seed=0)
+    with pytest.raises(ValueError, match=r"0\.5"):
+        menu.step(np.array([0.5], dtype=np.float32))
+    agent = PartialPG("MlpPolicy", "CartPole-v1", "greedy", device="cpu")
+    with pytest.raises(ValueError, match="spaces do not match"):
+        agent.set_env(make_vec_env("Pendulum-v1"))
 
-    with pytest.raises(ValueError, match="logits for discrete actions, got Box"):
-        PartialPG(OnlyDiscrete, "Pendulum-v1", baseline="value", device="cpu")
 
-
-def test_a_rollout_in_which_nothing_is_complete_is_told_and_changes_nothing() -> None:
-    agent = PartialPG("MlpPolicy", countdowns(100, 100), FullPlanning(), n_steps=8, device="cpu")
+def test_a_rollout_in_which_nothing_counts_is_told_and_changes_nothing() -> None:
+    with pytest.warns(UserWarning, match="answers for everything until .* favours short ones"):
+        agent = PartialPG("MlpPolicy", countdowns(99, 99), FullPlanning(), n_steps=8, device="cpu")
     before = [p.detach().clone() for p in agent.policy.parameters()]
-    with pytest.warns(UserWarning, match=r"No step of this rollout has all rewards .* full asks"):
+    with pytest.warns(UserWarning, match=r"0% of this rollout's steps count for full.*n_steps=8"):
         agent.learn(16)
     assert all(map(torch.equal, before, agent.policy.parameters()))
     assert agent._n_updates == 0

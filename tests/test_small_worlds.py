@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from scipy.stats import poisson, ttest_rel
 
-from benchmarks.beyond_dialogue import WORLDS, points, table
+from benchmarks import beyond_dialogue
+from benchmarks.beyond_dialogue import WORLDS, Cell, points, run_cell, settings_of, table
 from benchmarks.small_worlds import KeysAndDoors, Perishables
 
 
@@ -90,6 +95,7 @@ def test_the_table_pairs_seeds_and_minds_how_many_credits_there_are() -> None:
             "credit": credit,
             "seed": seed,
             "returns": [level + luck[seed] + 0.1 * rng.standard_normal() for _ in range(3)],
+            "count": 0.5 + 0.1 * (credit == "full"),
         }
         for credit, level in levels.items()
         for seed in range(10)
@@ -110,6 +116,36 @@ def test_the_table_pairs_seeds_and_minds_how_many_credits_there_are() -> None:
     assert best.p_value >= raw[2]
     assert found["kstep:10", budget].p_value == pytest.approx(max(raw))  # Holm: the last times 1
     assert found["full", budget].over_full is None
+    assert found["full", budget].count == pytest.approx(0.6)
     assert table(list(found.values())).count("\n") == 16
     alone = points([row for row in rows if row["seed"] == 0])
     assert not any(point.mean.has_interval for point in alone)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_a_cell_of_the_study_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rollout; those of known length lose no step, whatever the credit."""
+    world = WORLDS[name]
+    rollout = world.n_envs * world.n_steps
+    assert all(budget % rollout == 0 for budget in world.budgets)
+    monkeypatch.setitem(beyond_dialogue.WORLDS, name, replace(world, budgets=(rollout,)))
+    found = run_cell(Cell(name, "full", 0))
+    assert (
+        found["settings"] == settings_of(WORLDS[name]) == json.loads(json.dumps(found))["settings"]
+    )
+    assert len(found["returns"]) == 1 and np.isfinite(found["returns"]).all()
+    assert (
+        found["count"] == 1.0
+        if name in ("perishables", "keys and doors")
+        else 0.5 < found["count"] < 1
+    )
+
+
+def test_cells_of_other_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"world": "perishables", "credit": "full", "seed": 0, "settings": {"n_steps": 1}}
+    (tmp_path / "cells.jsonl").write_text(json.dumps(row))
+    monkeypatch.setattr(sys, "argv", ["beyond_dialogue", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="cells of perishables with other settings"):
+        beyond_dialogue.main()
