@@ -1,6 +1,7 @@
 """Partial policy gradients as a Stable-Baselines3 algorithm, for any Gymnasium environment.
 
-    PartialPG("MlpPolicy", "CartPole-v1", credit="kstep:20", seed=0).learn(100_000)
+    envs = make_vec_env("CartPole-v1", n_envs=8)
+    PartialPG("MlpPolicy", envs, credit="kstep:20", seed=0).learn(100_000)
 
 Every update takes one gradient step along
 

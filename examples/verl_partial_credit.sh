@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A language model learns persona dialogue with kstep:3 on verl, on a Ray cluster of NNODES machines.
-# Run in this repository's root, in an environment with pip install -e ".[verl]" and vLLM, the same on every machine.
+# Run in this repository's root, in an environment with pip install -e ".[verl]" and vLLM. With several
+# machines the repository, the environment and RUN lie in a folder that all of them see by the same path.
 #
 #   head machine:    ray start --head --port=6379
 #   other machines:  ray start --address=HEAD_ADDRESS:6379
@@ -12,6 +13,7 @@ set -euo pipefail
 
 # One row = one group of dialogues: the seed chooses persona, opening and partner.
 mkdir -p "$RUN"
+RUN=$(cd "$RUN" && pwd) # whoever reads the files may be on another machine, in another folder
 python - "$RUN" <<'PYTHON'
 import sys
 

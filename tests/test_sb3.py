@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from agents.credit import FullPlanning, KStep, Subset
 from agents.sb3 import PartialPG
+from benchmarks.sb3_speed import CONTENDERS, steps_per_second
 from ppg_env import DiscreteReply, EmbeddedObservation, HashedWords
 
 
@@ -443,6 +444,11 @@ def test_algorithms_learn_from_dialogues_as_a_menu_of_acts(kind: Any, domain: st
     assert all(envs.action_space.contains(each) for each in act)
     assert np.isfinite([info["r"] for info in agent.ep_info_buffer]).all()
     assert len(agent.ep_info_buffer) == 128 // 4
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_the_speed_benchmark_runs(name: str) -> None:
+    assert steps_per_second(CONTENDERS[name], "CartPole-v1", 1024) > 0
 
 
 # --- bad input ------------------------------------------------------------------------------------
