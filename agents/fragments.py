@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -70,22 +71,34 @@ class CreditMatrix:
                 "gymnasium.wrappers.TimeLimit, or lower n_steps."
             )
         covered = len(np.asarray(self._credit.matrix)) if isinstance(self._credit, Subset) else None
-        size = max(64, 2 * most) if covered is None else covered
+        size = max(128, 2 * most) if covered is None else covered
         if len(self._weight_TT) < size:
             weight_TT = self._credit.weights(size, self._boundaries)
             turn_T = np.arange(size)
+            asked_TT = weight_TT != 0  # however small a discount makes it
+            if self._gamma == 0:
+                asked_TT = asked_TT & np.eye(size, dtype=bool)
+            self.first_T = np.where(asked_TT.any(axis=1), asked_TT.argmax(axis=1), turn_T)
+            self.last_T = self._last(turn_T, size - 1 - asked_TT[:, ::-1].argmax(axis=1))
+            self.last_T[~asked_TT.any(axis=1)] = -1
             if self._gamma < 1:
                 weight_TT = weight_TT * self._gamma ** np.abs(turn_T[:, None] - turn_T)
             self._weight_TT = weight_TT
-            asked_TT = weight_TT != 0
-            self.first_T = np.where(asked_TT.any(axis=1), asked_TT.argmax(axis=1), turn_T)
-            self.last_T = size - 1 - asked_TT[:, ::-1].argmax(axis=1)
-            if covered is None:
-                self.last_T[self.last_T == size - 1] = TO_THE_END
-            self.last_T[~asked_TT.any(axis=1)] = -1
         if covered is not None and num_turns > covered:
             self._credit.weights(num_turns)  # says how many turns it covers
         return self._weight_TT
+
+    def _last(self, turn_T: npt.NDArray[np.int64], seen_T: npt.NDArray[np.int64]) -> Any:
+        """Return the last turn that each turn asks for; `seen_T`: that the matrix shows."""
+        if self._gamma == 0 or isinstance(self._credit, Subset):
+            return seen_T
+        if isinstance(self._credit, FullPlanning | Discounted):
+            return np.full(len(turn_T), TO_THE_END)
+        if isinstance(self._credit, Greedy | KStep):
+            return turn_T + getattr(self._credit, "k", 1) - 1
+        if isinstance(self._credit, Segment) and self._credit.length:
+            return (turn_T // self._credit.length + 1) * self._credit.length - 1
+        return np.where(seen_T == turn_T[-1], TO_THE_END, seen_T)
 
     def certain(self, turns: slice, end: int, longest: int | None) -> BoolArray:
         """Return for which turns it is certain beforehand that a rollout holds all they ask for.
@@ -102,16 +115,15 @@ class CreditMatrix:
         return np.minimum(last_T, longest - 1) < end
 
     def ahead(self, rollout: int) -> int:
-        """Return how many rewards the first turns ask for; TO_THE_END = beyond the rollout."""
-        if isinstance(self._credit, KStep):
-            return self._credit.k
-        if isinstance(self._credit, Segment) and self._credit.length:
-            return self._credit.length
-        self.over(0, rollout)
-        last_T = self.last_T[:rollout]
-        if (last_T == TO_THE_END).any():
-            return TO_THE_END
-        return int((last_T - np.arange(len(last_T))).max(initial=-1)) + 1
+        """Return the most rewards that a turn asks for.
+
+        More than `rollout` if one asks for so many; else TO_THE_END if one asks for all to come.
+        """
+        self.over(0, rollout if self.counts_turns else 0)
+        last_T = self.last_T[: -(-len(self.last_T) // 2)]  # of later ones a matrix shows too little
+        bounded_T = last_T < TO_THE_END
+        most = int((last_T - np.arange(len(last_T)))[bounded_T].max(initial=-1)) + 1
+        return most if most > rollout or bounded_T.all() else TO_THE_END
 
     @property
     def has_one_tail(self) -> bool:
@@ -197,7 +209,7 @@ def fragment_returns(
             if not credit.counts_turns:  # turns within the fragment will do
                 turns, end = slice(0, stop - first), end - offset
                 bound = None if longest is None else longest - offset
-            weight_TT = credit.over(turns.stop, len(reward_NE))
+            weight_TT = credit.over(turns.stop, len(reward_NE) if credit.counts_turns else 0)
             found_T = weight_TT[turns, turns] @ reward_NE[first:stop, e]
             if not end_NE[stop - 1, e]:
                 value = np.nan if value_NE is None else np.asarray(value_NE)[stop - 1, e]

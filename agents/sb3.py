@@ -5,12 +5,12 @@
 
 Every update takes one gradient step along
 
-    (1/M) sum_m A_m grad log pi(a_m | s_m),   A = partial return - baseline
+    (1/N) sum_n A_n grad log pi(a_n | s_n),   A = partial return - baseline
 
-over those M steps of a rollout (n_steps in each parallel environment) of which it is certain
-beforehand that the rollout will hold all rewards they answer for. With full credit and a discount
-this is REINFORCE with reward-to-go; with a value baseline and bootstrapping it is A2C with
-gae_lambda = 1 and a rollout as one batch.
+over the N steps of a rollout (n_steps in each parallel environment). A = 0 where it was not certain
+beforehand that the rollout would hold all rewards that the step answers for. With full credit and a
+discount this is REINFORCE with reward-to-go; with a value baseline and bootstrapping it is A2C with
+gae_lambda = 1.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PartialPG(OnPolicyAlgorithm):
             baseline="value" and a credit whose rest is the same for all steps (full, discounted,
             segment, greedy).
         longest_episode: steps that no episode exceeds, for bootstrap=False; None: the environment's
-            registered time limit, if it has one. If there is no bound, steps that answer for
+            time limit, if it has one. If there is no bound, steps that answer for
             everything to come count whenever their episode ends in time, which favours short
             episodes; that is warned of.
         boundaries: first turns of the segments, for credit="segment".
@@ -155,6 +155,9 @@ class PartialPG(OnPolicyAlgorithm):
 
     def _refuse_unusable(self) -> None:
         self.credit = _as_credit(self.credit)  # what is handed to load comes here as it is
+        longest = self.longest_episode
+        if longest is not None and (not isinstance(longest, int) or longest < 1):
+            raise ValueError(f"longest_episode is a number of steps, at least 1, got {longest!r}.")
         if self.baseline not in get_args(Baseline):
             raise ValueError(
                 f"Unknown baseline {self.baseline!r}; there are {', '.join(get_args(Baseline))}."
@@ -176,9 +179,14 @@ class PartialPG(OnPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Go on in another environment, as in Stable-Baselines3."""
+        before = self.env
         super().set_env(env, force_reset)
-        if not self.bootstrap:
-            self._check_that_rollouts_hold_enough()
+        try:
+            if not self.bootstrap:
+                self._check_that_rollouts_hold_enough()
+        except ValueError:
+            self.env = before
+            raise
 
     def _check_that_rollouts_hold_enough(self) -> None:
         longest = _time_limit(self.env) if self.longest_episode is None else self.longest_episode
@@ -211,9 +219,12 @@ class PartialPG(OnPolicyAlgorithm):
         """Fill the buffer; its returns and advantages are the credit's, NaN = not complete."""
         self._cut_value_NE = np.full((n_rollout_steps, env.num_envs), np.nan)
         self._step = 0
-        going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        if not going_on:  # stopped in the midst of a rollout: whoever goes on begins anew
-            self._last_obs = None
+        going_on = False
+        try:
+            going_on = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        finally:
+            if not going_on:  # stopped in the midst of a rollout: whoever goes on begins anew
+                self._last_obs = None
         return going_on
 
     def _credit_rollout(self, last_values: torch.Tensor, dones: np.ndarray) -> None:
@@ -232,7 +243,7 @@ class PartialPG(OnPolicyAlgorithm):
             self._turn_E,
             self._matrix,
             self._cut_value_NE if self.bootstrap else None,
-            self._longest,
+            None if self.bootstrap else self._longest,
         )
         self._turn_E = found.turn_NE[-1] + 1
         buffer.returns = found.return_NE.astype(np.float32)
@@ -291,9 +302,9 @@ class PartialPG(OnPolicyAlgorithm):
         self.logger.record("train/complete_steps", share)
         if share < 0.5:
             _tell(
-                f"{share:.0%} of this rollout's steps count for {self.credit.name}, the others "
+                f"Less than half of a rollout's steps count for {self.credit.name}, the others "
                 f"might have been cut: raise n_steps={self.n_steps}, take a credit that looks less "
-                "far ahead, or bootstrap."
+                "far ahead, or bootstrap. (train/complete_steps is the share.)"
             )
         if not share:
             return
@@ -307,7 +318,8 @@ class PartialPG(OnPolicyAlgorithm):
         advantage_M, return_M = batch.advantages[complete_M], batch.returns[complete_M]
         if self.normalize_advantage and len(advantage_M) > 1:
             advantage_M = (advantage_M - advantage_M.mean()) / (advantage_M.std() + 1e-8)
-        policy_loss = -(advantage_M * logprob_M).mean()
+        # By all steps: how many count may depend on how the episodes went.
+        policy_loss = -(advantage_M * logprob_M).sum() / len(complete_M)
         entropy = -logprob_M.mean() if entropy_M is None else entropy_M.mean()
         loss = policy_loss - self.ent_coef * entropy
         if self.baseline == "value":
@@ -351,12 +363,12 @@ def _tell(message: str) -> None:
 
 
 def _time_limit(env: VecEnv | None) -> int | None:
-    """Return the time limit that all environments are registered with; None if one has none."""
-    try:
-        limits = [spec and spec.max_episode_steps for spec in env.get_attr("spec")] if env else []
-    except AttributeError:
+    """Return the time limit that no environment exceeds; None if one has none."""
+    name = "_max_episode_steps"  # of gymnasium.wrappers.TimeLimit
+    if env is None or not env.has_attr(name):
         return None
-    return max(limits) if limits and all(limits) else None
+    limits = env.get_attr(name)
+    return max(limits) if all(limits) else None
 
 
 def _refuse_text(env: GymEnv | None) -> None:

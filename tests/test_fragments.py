@@ -16,7 +16,7 @@ from agents.credit import (
     Trajectory,
     parse_credit,
 )
-from agents.fragments import MOST_TURNS, CreditMatrix, FragmentReturns, fragment_returns
+from agents.fragments import MOST_TURNS, TO_THE_END, CreditMatrix, FragmentReturns, fragment_returns
 
 nan = np.nan
 EVERY_OTHER = Subset(np.eye(40) + np.eye(40, k=2))
@@ -155,6 +155,43 @@ def test_what_lasts_to_the_end_is_taken_on_trust_where_no_episode_is_bounded() -
     assert in_midst.return_NE[:, 0].tolist() == [7, 6, 4]
     with pytest.raises(ValueError, match="has 3 steps or more, and longest_episode is 2"):
         of_one(FullPlanning(), rewards, **of, longest=2)
+
+
+class Window:
+    """A credit of one's own: the next `k` rewards."""
+
+    name = "window"
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+
+    def weights(self, num_turns: int, boundaries: object = None) -> np.ndarray:
+        return KStep(self.k).weights(num_turns)
+
+
+@pytest.mark.parametrize("k", [1, 64, 65, 100, 127])
+def test_how_far_a_credit_looks_is_found_in_its_matrix(k: int) -> None:
+    assert CreditMatrix(Window(k)).ahead(64) == CreditMatrix(KStep(k)).ahead(64) == k
+    of_own = of_one(Window(64), [1.0] * 64, [0], [9, 63], first_turn=0)
+    assert of_own.complete_NE.sum() == of_one(KStep(64), [1.0] * 64, [0], [9, 63]).complete_NE.sum()
+
+
+def test_who_asks_for_all_to_come_is_known_whatever_comes_first() -> None:
+    for name in ("full", "discounted:0.5", "segment:0,5,10", "trajectory"):
+        assert CreditMatrix(parse_credit(name)).ahead(8) == TO_THE_END
+    assert CreditMatrix(parse_credit("segment:0,100")).ahead(8) == 100
+    assert CreditMatrix(EVERY_OTHER).ahead(8) == 3
+    assert CreditMatrix(FullPlanning(), gamma=0.0).ahead(8) == 1
+
+
+@pytest.mark.parametrize("number", [400, 600, 5000])
+def test_long_rollouts_and_small_discounts_change_nothing(number: int) -> None:
+    of = {"starts": [*range(0, number, 20)], "ends": [*range(19, number, 20)]}
+    for longest in (None, 20):
+        full = of_one(FullPlanning(), [1.0] * number, **of, gamma=0.5, longest=longest)
+        assert full.complete_NE.all() and full.return_NE[18, 0] == 1.5
+    few = of_one(KStep(5), [1.0] * number, **of)
+    assert few.complete_NE.sum() == number - 4
 
 
 # --- one value for what follows a cut -------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit, TransformReward
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -24,7 +25,7 @@ from stable_baselines3.common.envs import (
 )
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from agents.credit import FullPlanning, KStep, Subset
 from agents.sb3 import PartialPG
@@ -82,10 +83,11 @@ def logits(agent: PartialPG, observation: np.ndarray) -> torch.Tensor:
 def gradient_by_hand(
     agent: PartialPG, steps: list[tuple[np.ndarray, int, float]]
 ) -> dict[str, torch.Tensor]:
-    """Return -(1/M) sum A grad log pi over (observation, action, A), by parameter name."""
+    """Return -(1/N) sum A grad log pi over (observation, action, A), by parameter name."""
     for parameter in agent.policy.parameters():
         parameter.grad = None
-    loss = -sum(weight * logits(agent, o)[a] for o, a, weight in steps) / len(steps)
+    loss = -sum(weight * logits(agent, o)[a] for o, a, weight in steps)
+    loss = loss / (agent.n_steps * agent.n_envs)
     loss.backward()
     return {
         name: parameter.grad.clone()
@@ -297,7 +299,7 @@ class Patience(gym.Env[np.ndarray, int]):
         ("full", {"n_steps": 8, "baseline": "value", "bootstrap": True}, True),
         pytest.param(
             *("full", {"n_steps": 8, "baseline": "none"}, False),
-            marks=pytest.mark.filterwarnings("ignore:.*favours short|.*of this rollout's steps"),
+            marks=pytest.mark.filterwarnings("ignore:.*favours short|Less than half of a rollout"),
         ),
     ],
 )
@@ -368,6 +370,40 @@ def test_a_saved_agent_says_the_same_and_goes_on_as_before(tmp_path: Path) -> No
     assert torch.equal(*moved)
     with pytest.raises(ValueError, match="spaces do not match"):
         PartialPG.load(tmp_path / "agent", env=make_vec_env("Pendulum-v1", n_envs=2))
+
+
+def test_time_limits_are_found_wherever_they_are() -> None:
+    limited = DummyVecEnv([lambda: TimeLimit(Countdown(100), 10)])
+    with pytest.raises(ValueError, match=r"full looks 10 rewards ahead, .* n_steps=8"):
+        PartialPG("MlpPolicy", limited, "full", "none", n_steps=8, device="cpu")
+    workers = SubprocVecEnv(
+        [lambda: TransformReward(gym.make("CartPole-v1"), lambda r: r / 10)] * 2, "fork"
+    )
+    agent = PartialPG("MlpPolicy", workers, "kstep:5", n_steps=16, device="cpu").learn(32)
+    assert agent._longest == 500
+    workers.close()
+    short = make_vec_env("CartPole-v1", 2, env_kwargs={"max_episode_steps": 9})
+    agent = PartialPG("MlpPolicy", short, "full", n_steps=16, device="cpu").learn(32)
+    with pytest.raises(ValueError, match="full looks 500 rewards ahead"):
+        agent.set_env(make_vec_env("CartPole-v1", n_envs=2))
+    assert agent.learn(32).num_timesteps == 32
+
+
+def test_an_error_in_the_midst_of_a_rollout_leaves_nothing_behind() -> None:
+    class Fails(Countdown):
+        def step(self, action: int) -> Any:
+            if len(self.said) == 13:
+                self.said.append(self.said[-1])
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    env = DummyVecEnv([lambda: Fails(100)])
+    agent = PartialPG("MlpPolicy", env, "segment:3", "none", n_steps=8, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        agent.learn(80)
+    agent.learn(8, reset_num_timesteps=False)
+    rewards = [reward for *_, reward in env.envs[0].unwrapped.said[14:]]
+    assert agent.rollout_buffer.returns[0, 0] == pytest.approx(sum(rewards[:3]))
 
 
 def test_an_agent_is_loaded_in_the_midst_of_episodes_and_with_other_settings(
@@ -461,6 +497,9 @@ def test_the_speed_benchmark_runs(name: str) -> None:
         ({"credit": "kstep:65"}, r"kstep:65 looks 65 rewards ahead, .* n_steps=64"),
         ({"credit": "full"}, r"full looks 500 rewards ahead, .* n_steps=64"),
         ({"credit": Subset(np.triu(np.ones((80, 80))))}, r"looks 80 rewards ahead, .* n_steps=64"),
+        ({"longest_episode": 0}, "longest_episode is a number of steps, at least 1, got 0"),
+        ({"longest_episode": 2.5}, "at least 1, got 2.5"),
+        ({"credit": "segment:0,100", "longest_episode": 200}, "looks 100 rewards ahead"),
         ({"credit": None}, "credit is a name such as 'kstep:5' or a credit .*, got None"),
         (
             {"credit": "trajectory", "bootstrap": True, "baseline": "value"},
@@ -518,7 +557,7 @@ def test_a_rollout_in_which_nothing_counts_is_told_and_changes_nothing() -> None
     with pytest.warns(UserWarning, match="answers for everything until .* favours short ones"):
         agent = PartialPG("MlpPolicy", countdowns(99, 99), FullPlanning(), n_steps=8, device="cpu")
     before = [p.detach().clone() for p in agent.policy.parameters()]
-    with pytest.warns(UserWarning, match=r"0% of this rollout's steps count for full.*n_steps=8"):
+    with pytest.warns(UserWarning, match=r"Less than half .* count for full.*n_steps=8"):
         agent.learn(16)
     assert all(map(torch.equal, before, agent.policy.parameters()))
     assert agent._n_updates == 0
