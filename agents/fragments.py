@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,14 +87,16 @@ class CreditMatrix:
             self._credit.weights(num_turns)  # says how many turns it covers
         return self._weight_TT
 
-    def _last(self, turn_T: npt.NDArray[np.int64], seen_T: npt.NDArray[np.int64]) -> Any:
+    def _last(
+        self, turn_T: npt.NDArray[np.int64], seen_T: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
         """Return the last turn that each turn asks for; `seen_T`: that the matrix shows."""
         if self._gamma == 0 or isinstance(self._credit, Subset):
             return seen_T
         if isinstance(self._credit, FullPlanning | Discounted):
             return np.full(len(turn_T), TO_THE_END)
-        if isinstance(self._credit, Greedy | KStep):
-            return turn_T + getattr(self._credit, "k", 1) - 1
+        if isinstance(self._credit, KStep):
+            return turn_T + self._credit.k - 1
         if isinstance(self._credit, Segment) and self._credit.length:
             return (turn_T // self._credit.length + 1) * self._credit.length - 1
         return np.where(seen_T == turn_T[-1], TO_THE_END, seen_T)
