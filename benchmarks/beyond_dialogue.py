@@ -1,6 +1,6 @@
 """Does partial credit help outside dialogue? K sweep x data budget x 10 seeds in four worlds.
 
-    python -m benchmarks.beyond_dialogue                 # MINUTES minutes on 2 cores
+    python -m benchmarks.beyond_dialogue                 # 40 CPU minutes
     python -m benchmarks.beyond_dialogue --seeds 2 --worlds perishables     # a look
 
 Run again, it goes on with what is missing. With --docs writes the table and the figure of

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE python -m benchmarks.sb3_speed
 
-Same environment, time limit of 100 steps, parallel environments and network. A2C runs with its own
+Same environment, time limit of 20 steps, parallel environments and network. A2C runs with its own
 n_steps=5 and with PartialPG's 128; PartialPG with three credits. The ratio of a round is to A2C of
 that round.
 """
@@ -35,7 +35,7 @@ CONTENDERS: dict[str, Callable[[Any], Any]] = {
 
 def steps_per_second(make: Callable[[Any], Any], env_id: str, steps: int) -> float:
     """Return environment steps per second of CPU time while learning."""
-    agent = make(make_vec_env(env_id, NUM_ENVS, 0, env_kwargs={"max_episode_steps": 100}))
+    agent = make(make_vec_env(env_id, NUM_ENVS, 0, env_kwargs={"max_episode_steps": 20}))
     started = time.process_time()
     agent.learn(steps)
     return float(agent.num_timesteps / (time.process_time() - started))
