@@ -253,11 +253,8 @@ def test_a_step_that_failed_for_good_can_be_repeated_as_if_nothing_had_happened(
         FaultProxy(answer_with(sample)) as judge,
     ):
         proxies = {"partner": partner, "judge": judge}
-        env = make_env(
-            OpenAIChat("partner", partner.url, budget=0.4),
-            OpenAIChat("judge", judge.url, budget=0.4),
-            num_envs=4,
-        )
+        chats = {name: OpenAIChat(name, proxy.url) for name, proxy in proxies.items()}
+        env = make_env(chats["partner"], chats["judge"], num_envs=4)
         env.reset(seed=0)
         for turn in range(env.max_turns):
             lines = [agent_line(rng) for _ in range(4)]
@@ -265,6 +262,7 @@ def test_a_step_that_failed_for_good_can_be_repeated_as_if_nothing_had_happened(
                 before = env.transcripts
                 for name in down:
                     proxies[name].go_down()
+                    chats[name].budget = 0.4
                 for _ in range(2):
                     with pytest.raises(ChatError) as raised:
                         env.step(lines)
@@ -273,6 +271,7 @@ def test_a_step_that_failed_for_good_can_be_repeated_as_if_nothing_had_happened(
                 assert env.transcripts == before
                 for name in down:
                     proxies[name].come_up()
+                    chats[name].budget = 60.0
             reward_N = env.step(lines)[1]
             np.testing.assert_array_equal(reward_N, expected_reward_TN[turn])
     assert same_transcripts(env.transcripts, expected)
@@ -280,15 +279,17 @@ def test_a_step_that_failed_for_good_can_be_repeated_as_if_nothing_had_happened(
 
 def test_a_reset_that_failed_for_good_can_be_repeated_as_if_nothing_had_happened() -> None:
     with FaultProxy(answer_with(sample)) as proxy:
-        chat = OpenAIChat("rules", proxy.url, budget=0.4)
+        chat = OpenAIChat("rules", proxy.url)
         expected = make_env(chat, chat, num_envs=4)
         expected.reset(seed=5)
         env = make_env(chat, chat, num_envs=4)
         env.reset(seed=5)
         proxy.go_down()
+        chat.budget = 0.4
         with pytest.raises(ChatError):
             env.reset()
         proxy.come_up()
+        chat.budget = 60.0
         assert env.reset()[0] == expected.reset()[0]
 
 
