@@ -61,9 +61,9 @@ class PartialPG(OnPolicyAlgorithm):
             baseline="value" and a credit whose rest is the same for all steps (full, discounted,
             segment, greedy).
         longest_episode: steps that no episode exceeds, for bootstrap=False; None: the environment's
-            time limit, if it has one. If there is no bound, steps that answer for
-            everything to come count whenever their episode ends in time, which favours short
-            episodes; that is warned of.
+            time limit, if it has one. If there is no bound, steps that answer for everything to
+            come count whenever their episode ends in time, which favours short episodes; that is
+            warned of.
         boundaries: first turns of the segments, for credit="segment".
         learning_rate: of the policy's optimizer, a number or a function of the remaining progress.
         n_steps: steps of a rollout in each environment.
@@ -179,13 +179,13 @@ class PartialPG(OnPolicyAlgorithm):
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """Go on in another environment, as in Stable-Baselines3."""
-        before = self.env
+        before = self.env, self._longest
         super().set_env(env, force_reset)
         try:
             if not self.bootstrap:
                 self._check_that_rollouts_hold_enough()
         except ValueError:
-            self.env = before
+            self.env, self._longest = before
             raise
 
     def _check_that_rollouts_hold_enough(self) -> None:
@@ -279,7 +279,8 @@ class PartialPG(OnPolicyAlgorithm):
             if len(return_M):
                 # Steps at the same turn are of different episodes, hence independent. Steps at
                 # other turns may be of the same one, so that they are no baseline for who is alone.
-                alone_M = np.bincount(turn_M)[turn_M] < 2
+                _, which_M, number = np.unique(turn_M, return_inverse=True, return_counts=True)
+                alone_M = number[which_M] < 2
                 if alone_M.all():
                     _tell(
                         "No step of this rollout has another episode to compare with, so nothing "

@@ -386,7 +386,7 @@ def test_time_limits_are_found_wherever_they_are() -> None:
     agent = PartialPG("MlpPolicy", short, "full", n_steps=16, device="cpu").learn(32)
     with pytest.raises(ValueError, match="full looks 500 rewards ahead"):
         agent.set_env(make_vec_env("CartPole-v1", n_envs=2))
-    assert agent.learn(32).num_timesteps == 32
+    assert agent._longest == 9 and agent.learn(32).num_timesteps == 32
 
 
 def test_an_error_in_the_midst_of_a_rollout_leaves_nothing_behind() -> None:
