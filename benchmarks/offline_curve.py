@@ -1,57 +1,87 @@
 """How much does each policy class learn from N logged dialogues? The data-size curve.
 
-    python -m benchmarks.offline_curve              # all domains, 3 seeds, 40 minutes on 2 cores
+    python -m benchmarks.offline_curve              # all domains, 3 seeds, 80 minutes on 2 cores
     python -m benchmarks.offline_curve --domains therapy --sizes 50 200 --steps 10
 
-The untrained bundled model speaks with the training personas; its dialogues are the log, of which
-the first N are used. Every cell (domain, method, N) starts from the same model and takes the same
+A speaker talks with the training personas; its dialogues are the log, of which the first N are
+used. Speakers: the untrained bundled model, or the same after some updates of full planning
+online. Every cell (speaker, domain, method, N) starts from the untrained model and takes the same
 gradient steps at the same learning rates, so a small log is read more often, not less. Measured on
 test personas, on whole dialogues of the trained model (rollout) and on single turns after logged
-histories (step). Cells that are in the output folder already are not run again.
+histories (step). Beside it stands what an endless log of that speaker would teach, computed exactly
+from how often it spoke each dialogue act. Cells that are in the output folder already are not run
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-import ppg_env  # noqa: F401  (registers PersonaDialogue-v0)
+from agents.credit import parse_credit
+from agents.logs import read_log
 from agents.statistics import CrossedMean, crossed_mean
+from ppg_env import DOMAINS, ActProcess, RuleJudge, bundled_personas
+from ppg_env.rejudge import rejudge
 
 ENV_ID = "PersonaDialogue-v0"
 IMITATION = {"sft": "sft", "filtered": "filtered"}
+SPEAKERS = {"untrained": 0, "half-trained": 4}
+"""Who speaks in the logs: updates of full planning online, of 64 dialogues each."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run: which rewards, how many dialogues, which seed."""
+    """One training run: whose dialogues, which rewards, how many dialogues, which seed."""
 
+    speaker: str
     domain: str
     method: str
     size: int
     seed: int
 
 
-def write_logs(folder: Path, domain: str, size: int, seed: int) -> None:
-    """Let the untrained model speak: `size` dialogues to learn from, 20 to measure steps on."""
-    from agents import collect_rollouts, load_policy, parse_dialogue, read_log, write_log
+def log_file(folder: Path, speaker: str, domain: str, split: str, seed: int) -> Path:
+    """Return where a speaker's dialogues with personas of a split are."""
+    return folder / f"{speaker}-{domain}-{split}-{seed}.jsonl.gz"
 
-    for name, number in (("train", size), ("test", 20)):
-        path = folder / f"{domain}-{name}-{seed}.jsonl.gz"
-        if path.exists() and sum(1 for _ in read_log(path)) >= number:
-            continue
+
+def write_logs(folder: Path, speaker: str, domain: str, size: int, seed: int) -> None:
+    """Let the speaker speak: `size` dialogues to learn from, 20 to measure steps on."""
+    import torch
+
+    from agents import PPGAgent, collect_rollouts, load_policy, parse_dialogue, write_log
+
+    torch.set_num_threads(1)
+    missing = []
+    for split, number in (("train", size), ("test", 20)):
+        path = log_file(folder, speaker, domain, split, seed)
+        if not path.exists() or sum(1 for _ in read_log(path)) < number:
+            missing.append((split, number, path))
+    if not missing:
+        return
+    policy = load_policy("nano", seed=seed)
+    if SPEAKERS[speaker]:
+        school = gym.make_vec(ENV_ID, num_envs=64, domain=domain, personas="train")
+        learner = PPGAgent(policy, school, "full", seed=seed)
+        learner.learn(total_timesteps=SPEAKERS[speaker] * 64 * school.unwrapped.max_turns)
+    for name, number, path in missing:
         envs = gym.make_vec(ENV_ID, num_envs=min(50, number), domain=domain, personas=name)
         # The same people in the test log of every seed, so that seeds can be compared.
         people = envs.unwrapped.persona_ids[:number] if name == "test" else None
-        policy, records = load_policy("nano", seed=seed), []
+        records: list[dict[str, Any]] = []
         for start in range(0, number, envs.num_envs):
             # Seeds far from those that evaluations use.
             batch = collect_rollouts(
@@ -68,17 +98,22 @@ def run_cell(folder: Path, cell: Cell, steps: int) -> dict[str, Any]:
     """Train and measure one cell."""
     import torch
 
-    from agents import PPGAgent, evaluate_policy, evaluate_steps, load_policy, read_log
+    from agents import PPGAgent, evaluate_policy, evaluate_steps, load_policy
 
     torch.set_num_threads(1)
-    log = list(read_log(folder / f"{cell.domain}-train-{cell.seed}.jsonl.gz"))[: cell.size]
+    place = (folder, cell.speaker, cell.domain)
+    log = list(read_log(log_file(*place, "train", cell.seed)))[: cell.size]
     assert len(log) >= cell.size
     credit = "full" if cell.method in ("untrained", *IMITATION) else cell.method
     envs = gym.make_vec(ENV_ID, num_envs=60, domain=cell.domain, personas="test")
     policy = load_policy("nano", seed=cell.seed)
     row: dict[str, Any] = {**asdict(cell), "steps": steps}
     if cell.method != "untrained":
-        settings = {"learning_rate": 1e-3, "lr_schedule": "linear", "seed": cell.seed}
+        settings: dict[str, Any] = {
+            "learning_rate": 1e-3,
+            "lr_schedule": "linear",
+            "seed": cell.seed,
+        }
         agent = PPGAgent(policy, None, credit, **settings)
         agent.learn_offline(
             log,
@@ -94,7 +129,7 @@ def run_cell(folder: Path, cell: Cell, steps: int) -> dict[str, Any]:
     single = evaluate_steps(
         gym.make_vec(ENV_ID, num_envs=40, domain=cell.domain, personas="test"),
         policy,
-        read_log(folder / f"{cell.domain}-test-{cell.seed}.jsonl.gz"),
+        log_file(*place, "test", cell.seed),
         seed=30_000 + cell.seed,
     )
     row["rollout"], row["step"] = dict(rollout.persona_reward), dict(single.persona_reward)
@@ -102,10 +137,64 @@ def run_cell(folder: Path, cell: Cell, steps: int) -> dict[str, Any]:
     return row
 
 
+# ---- what an endless log teaches -----------------------------------------------------------------
+
+
+def habits(
+    records: list[dict[str, Any]], domain: str, processes: Sequence[ActProcess]
+) -> np.ndarray:
+    """Return who spoke as behaviour_TSA: how often which act followed on what was said before.
+
+    By turn and by what the dynamics remember; where that was rare, by turn alone (a prior of 5).
+    """
+    personas = bundled_personas(domain)
+    dynamics = {persona.id: DOMAINS[domain].dynamics(persona) for persona in personas}
+    first = processes[0]
+    memories = [memory for memory, _ in first.states[::2]]  # state 2 m: attentive, 2 m + 1: not
+    counts_TMA = np.zeros((first.num_turns, len(memories), len(first.acts)))
+    judge = RuleJudge(DOMAINS[domain])
+    for record, verdicts in rejudge(records, judge, domain, personas):
+        own = dynamics[record["persona"]]
+        memory = own.start
+        for t, verdict in enumerate(verdicts):
+            act = verdict.act if verdict.act in first.acts else "evade"
+            counts_TMA[t, memories.index(memory), first.acts.index(act)] += 1.0
+            memory = own.advance(memory, act)
+    share_T1A = counts_TMA.sum(axis=1, keepdims=True) / counts_TMA.sum(axis=(1, 2), keepdims=True)
+    counts_TMA += 5.0 * share_T1A
+    behaviour_TMA = counts_TMA / counts_TMA.sum(axis=2, keepdims=True)
+    return np.repeat(behaviour_TMA, 2, axis=1)
+
+
+def endless(records: list[dict[str, Any]], domain: str, methods: Iterable[str]) -> dict[str, float]:
+    """Return what each method's policy earns a turn if the log is endless, and the speaker's."""
+    personas = bundled_personas(domain)
+    kinds = Counter(DOMAINS[domain].dynamics(persona) for persona in personas)
+    processes = [ActProcess(kind) for kind in kinds]
+    share_K = np.array(list(kinds.values())) / len(personas)
+    spoke_TSA = habits(records, domain, processes)
+    found = {"speaker": float(share_K @ [process.value(spoke_TSA) for process in processes])}
+    for method in methods:
+        if method in IMITATION:
+            continue
+        weight_TT = parse_credit(method).weights(processes[0].num_turns)
+        mean_KT = np.array([process.mean_credit(spoke_TSA, weight_TT) for process in processes])
+        learned = [
+            process.value(process.learned_from_log(spoke_TSA, weight_TT, share_K @ mean_KT))
+            for process in processes
+        ]
+        found[method] = float(share_K @ learned)
+    return found
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Point:
-    """A method and a size of log in one domain, over all seeds."""
+    """A method and a size of log of one speaker in one domain, over all seeds."""
 
+    speaker: str
     domain: str
     method: str
     size: int
@@ -117,85 +206,112 @@ class Point:
 
 def points(rows: list[dict[str, Any]]) -> list[Point]:
     """Return means with intervals over seeds and personas, in the order of the rows."""
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["seed"]):
-        groups.setdefault((row["domain"], row["method"], row["size"]), []).append(row)
+        place = (row["speaker"], row["domain"], row["method"], row["size"])
+        groups.setdefault(place, []).append(row)
 
     def values(group: list[dict[str, Any]], kind: str) -> np.ndarray:
         return np.array([[row[kind][name] for name in sorted(row[kind])] for row in group])
 
     found = []
-    for (domain, method, size), group in groups.items():
-        rollout_SP, greedy = values(group, "rollout"), groups.get((domain, "greedy", size))
-        paired = method != "greedy" and greedy is not None and len(greedy) == len(group)
-        found.append(
-            Point(
-                domain,
-                method,
-                size,
-                rollout=crossed_mean(rollout_SP),
-                step=crossed_mean(values(group, "step")),
-                over_greedy=crossed_mean(rollout_SP - values(greedy, "rollout"))
-                if paired and greedy
-                else None,
-                degenerate=float(np.mean([row["degenerate"] for row in group])),
-            )
-        )
+    for (speaker, domain, method, size), group in groups.items():
+        rollout_SP = values(group, "rollout")
+        greedy = groups.get((speaker, domain, "greedy", size), [])
+        paired = method != "greedy" and [r["seed"] for r in greedy] == [r["seed"] for r in group]
+        gap = crossed_mean(rollout_SP - values(greedy, "rollout")) if paired else None
+        degenerate = float(np.mean([row["degenerate"] for row in group]))
+        step = crossed_mean(values(group, "step"))
+        whole = crossed_mean(rollout_SP)
+        found.append(Point(speaker, domain, method, size, whole, step, gap, degenerate))
     return found
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the results as a Markdown table."""
-    lines = ["| domain | method | N | rollout | over greedy | step | degenerate |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for point in points(rows):
-        size = f"{point.size:,}" if point.size else ""
-        gap = "" if point.over_greedy is None else f"{point.over_greedy:+.3f}"
-        lines.append(
-            f"| {point.domain} | {point.method} | {size} | {point.rollout} | {gap} | {point.step} "
-            f"| {point.degenerate:.3f} |"
-        )
-    return "\n".join(lines)
+Limits = dict[tuple[str, str], dict[str, float]]
+"""(speaker, domain) -> what an endless log teaches each method."""
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw reward against the size of the log, one panel a domain."""
+def tables(found: Sequence[Point], limits: Limits) -> str:
+    """Return the results as Markdown tables, two a speaker: whole dialogues and single turns."""
+    parts = []
+    for speaker in dict.fromkeys(point.speaker for point in found):
+        own = [point for point in found if point.speaker == speaker]
+        sizes = sorted({point.size for point in own if point.size})
+        names = [f"N = {size:,}" for size in sizes]
+        lines = [["domain", "method", *names, "endless", "over greedy, " + names[-1], "degenerate"]]
+        steps = [["domain", "method", *names]]
+        for domain, method in dict.fromkeys((point.domain, point.method) for point in own):
+            row = {p.size: p for p in own if (p.domain, p.method) == (domain, method)}
+            last, limit = row[max(row)], limits[speaker, domain]
+            end = limit["speaker"] if method in IMITATION else limit.get(method, math.nan)
+            gap = "" if last.over_greedy is None else f"{last.over_greedy:+.3f}"
+            cells = [str(row[size].rollout) if size in row else "" for size in sizes]
+            singles = [str(row[size].step) if size in row else "" for size in sizes]
+            if 0 in row:  # not trained: no log
+                cells[0], singles[0], gap = str(last.rollout), str(last.step), ""
+            shown = "" if math.isnan(end) else f"{end:.3f}"
+            lines.append([domain, method, *cells, shown, gap, f"{last.degenerate:.3f}"])
+            steps.append([domain, method, *singles])
+        for title, rows in (("whole dialogues", lines), ("single turns", steps)):
+            rows.insert(1, ["---"] * len(rows[0]))
+            table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+            parts.append(f"Logs of the {speaker} model, {title}:\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def plot(found: Sequence[Point], limits: Limits, path: Path) -> None:
+    """Draw reward against the size of the log: a row a speaker, a column a domain."""
     from matplotlib.figure import Figure
 
     colours = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
-    found = points(rows)
+    speakers = list(dict.fromkeys(point.speaker for point in found))
     domains = list(dict.fromkeys(point.domain for point in found))
     methods = list(dict.fromkeys(point.method for point in found if point.size))
-    figure = Figure(figsize=(4.2 * len(domains), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(domains), squeeze=False)[0]
-    for axis, domain in zip(axes, domains, strict=True):
-        here = [point for point in found if point.domain == domain]
+    sizes = sorted({point.size for point in found if point.size})
+    end = 3.0 * sizes[-1]
+    figure = Figure(figsize=(4.2 * len(domains), 0.8 + 3.1 * len(speakers)), layout="constrained")
+    axes = figure.subplots(len(speakers), len(domains), squeeze=False, sharey="col", sharex=True)
+    for (row, speaker), (column, domain) in product(enumerate(speakers), enumerate(domains)):
+        axis, limit = axes[row, column], limits[speaker, domain]
+        here = [p for p in found if (p.speaker, p.domain) == (speaker, domain)]
         for i, method in enumerate(methods):
             own = sorted((p for p in here if p.method == method), key=lambda p: p.size)
+            if not own:
+                continue
             x = [point.size * (1 + 0.05 * (i - 2)) for point in own]
             mean = [point.rollout.mean for point in own]
             below = np.nan_to_num([p.rollout.mean - p.rollout.low for p in own])
             above = np.nan_to_num([p.rollout.high - p.rollout.mean for p in own])
             style = {"color": colours[i % 6], "marker": "os^DvP"[i % 6], "markersize": 4}
             axis.errorbar(x, mean, [below, above], label=method, capsize=2, **style)
+            reached = limit["speaker"] if method in IMITATION else limit[method]
+            place = end * (1 + 0.05 * (i - 2))
+            axis.plot([x[-1], place], [mean[-1], reached], ":", color=colours[i % 6], lw=0.8)
+            axis.plot([place], [reached], **style, markerfacecolor="white", ls="")
         for point in here:
             if point.method == "untrained":
                 axis.axhline(point.rollout.mean, color="#000000", ls=":", label="untrained")
-        sizes = sorted({point.size for point in here if point.size})
-        axis.set(title=domain, xscale="log", xlabel="logged dialogues")
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        if row == 0:
+            axis.set_title(domain)
+        axis.set(xscale="log", ylim=(0, None))
+        axis.set_xticks([*sizes, end], [*(f"{size:,}" for size in sizes), "endless"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("reward per turn, test personas")
-    handles, labels = axes[0].get_legend_handles_labels()
+        axis.label_outer()
+    for row, speaker in enumerate(speakers):
+        axes[row, 0].set_ylabel(f"logs of the {speaker} model:\nreward per turn, test personas")
+    for axis in axes[-1]:
+        axis.set_xlabel("logged dialogues")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    """Run what is missing and write table.md and curve.png."""
+    """Run what is missing and write tables.md and curve.png."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/offline_curve"))
+    parser.add_argument("--speakers", nargs="+", default=list(SPEAKERS), choices=list(SPEAKERS))
     parser.add_argument("--domains", nargs="+", default=["chatting", "education", "therapy"])
     parser.add_argument(
         "--methods", nargs="+", default=["greedy", "kstep:3", "segment:4", "full", "sft"]
@@ -210,10 +326,12 @@ def main() -> None:
     rows = (
         [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     )
-    known = {(r["domain"], r["method"], r["size"], r["seed"], r["steps"]) for r in rows}
+    names = (*Cell.__annotations__, "steps")
+    known = {tuple(row[name] for name in names) for row in rows}
     cells = [
-        Cell(domain, method, size, seed)
+        Cell(speaker, domain, method, size, seed)
         for seed in options.seeds
+        for speaker in options.speakers
         for domain in options.domains
         for method in ["untrained", *options.methods]
         for size in (options.sizes if method != "untrained" else [0])
@@ -222,9 +340,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         logs = [
-            pool.submit(write_logs, options.out, domain, max(options.sizes), seed)
-            for domain in options.domains
+            pool.submit(write_logs, options.out, speaker, domain, max(options.sizes), seed)
             for seed in options.seeds
+            for speaker in options.speakers
+            for domain in options.domains
         ]
         for log in logs:
             log.result()
@@ -235,14 +354,22 @@ def main() -> None:
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             mean = sum(row["rollout"].values()) / len(row["rollout"])
-            print(f"{row['domain']} {row['method']} {row['size']} seed {row['seed']}: {mean:.3f}")
-    wanted = {(*asdict(cell).values(), options.steps) for cell in cells}
-    rows = [r for r in rows if tuple(r[k] for k in (*Cell.__annotations__, "steps")) in wanted]
-    order = [(cell.domain, cell.method, cell.size) for cell in cells]
-    rows.sort(key=lambda row: order.index((row["domain"], row["method"], row["size"])))
-    (options.out / "table.md").write_text(table(rows) + "\n")
-    plot(rows, options.out / "curve.png")
-    print(f"wrote {options.out}/table.md and curve.png")
+            print(*(row[name] for name in names), f"{mean:.3f}", flush=True)
+    report(options, cells, rows)
+    print(f"wrote {options.out}/tables.md and curve.png")
+
+
+def report(options: argparse.Namespace, cells: Sequence[Cell], rows: list[dict[str, Any]]) -> None:
+    """Write tables and figure of the cells that were asked for."""
+    by_cell = {Cell(*(row[name] for name in Cell.__annotations__)): row for row in rows}
+    found = points([by_cell[cell] for cell in cells])
+    limits = {}
+    for speaker, domain in product(options.speakers, options.domains):
+        files = [log_file(options.out, speaker, domain, "train", seed) for seed in options.seeds]
+        records = [dialogue.record() for file in files for dialogue in read_log(file)]
+        limits[speaker, domain] = endless(records, domain, options.methods)
+    (options.out / "tables.md").write_text(tables(found, limits))
+    plot(found, limits, options.out / "curve.png")
 
 
 if __name__ == "__main__":

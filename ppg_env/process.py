@@ -169,6 +169,74 @@ class ActProcess:
             ahead_SU = np.einsum("sa,sau->su", policy_TSA[t], expected_SAU)
         return credited_TSA
 
+    def mean_credit(self, policy_TSA: np.ndarray, weight_TT: np.ndarray) -> np.ndarray:
+        """Return E[R_t], the expected partial return of every turn under the policy, shape (T,)."""
+        return np.asarray(np.triu(weight_TT) @ self.rewards(policy_TSA))
+
+    def learned_from_log(
+        self,
+        behaviour_TSA: np.ndarray,
+        weight_TT: np.ndarray,
+        baseline_T: np.ndarray | None = None,
+        resolution: int = 40,
+    ) -> np.ndarray:
+        """Return the policy_TSA that an endless log teaches where weights below 0 are cut off.
+
+        It maximises E[ sum_t max(0, R_t - b_t) log pi(a_t|s_t) ] over dialogues in which
+        `behaviour_TSA` spoke, R_t = sum_u weight_TT[t,u] r_u:
+
+            pi[t,s,a] ~ behaviour[t,s,a] E[ max(0, R_t - b_t) | s_t = s, a_t = a ]
+
+        So it is no policy that is best in anything: a class whose partial return is mostly the
+        chance of later turns gives good and bad acts nearly equal weights, however long the log is.
+        Where no act ever has a weight nothing is learned, and the behaviour stays.
+
+        Args:
+            behaviour_TSA: who spoke.
+            weight_TT: which rewards a turn answers for; entries are at least 0, those below the
+                diagonal are left out.
+            baseline_T: b_t; None takes the mean of the log, `mean_credit`.
+            resolution: credited rewards are whole multiples of 1/resolution; 40 is enough for the
+                bundled worlds and weights of 0 and 1.
+
+        Raises:
+            ValueError: credited rewards are below 0 or no such multiples.
+        """
+        if baseline_T is None:
+            baseline_T = self.mean_credit(behaviour_TSA, weight_TT)
+        learned_TSA = np.array(behaviour_TSA, dtype=np.float64)
+        for t, row_U in enumerate(np.triu(weight_TT)):
+            chance_SAX = self._return_chances(behaviour_TSA, row_U, t, resolution)
+            return_X = np.arange(chance_SAX.shape[2]) / resolution
+            share_SA = behaviour_TSA[t] * (chance_SAX @ np.maximum(0.0, return_X - baseline_T[t]))
+            total_S1 = share_SA.sum(axis=1, keepdims=True)
+            np.divide(share_SA, total_S1, out=learned_TSA[t], where=total_S1 > 0.0)
+        return learned_TSA
+
+    def _return_chances(
+        self, policy_TSA: np.ndarray, weight_U: np.ndarray, turn: int, resolution: int
+    ) -> np.ndarray:
+        """Return P(sum_u weight_U[u] r_u = x / resolution | s_turn = s, a_turn = a), (S, A, X)."""
+        exact_USA = weight_U[:, None, None] * self._reward_SA * resolution
+        ticks_USA = np.rint(exact_USA).astype(np.int64)
+        if np.abs(ticks_USA - exact_USA).max() > 1e-6 or ticks_USA.min() < 0:
+            raise ValueError(
+                f"Credited rewards must be multiples of 1/{resolution} and at least 0; the weights "
+                f"of turn {turn} are {weight_U.tolist()}. Take weights of 0 and 1, or a finer "
+                "resolution."
+            )
+        ahead_SX = np.zeros((len(self.states), 1 + int(ticks_USA.max(axis=(1, 2)).sum())))
+        ahead_SX[:, 0] = 1.0
+        chance_SAX = np.zeros((0, 0, 0))
+        for u in reversed(range(turn, 1 + int(np.flatnonzero(weight_U).max(initial=turn)))):
+            later_SAX = np.einsum("san,nx->sax", self._next_SAS, ahead_SX)
+            chance_SAX = np.zeros_like(later_SAX)
+            for tick in np.unique(ticks_USA[u]):
+                here_SA = ticks_USA[u] == tick
+                chance_SAX[here_SA, tick:] = later_SAX[here_SA, : later_SAX.shape[2] - tick]
+            ahead_SX = np.einsum("sa,sax->sx", policy_TSA[u], chance_SAX)
+        return chance_SAX
+
     def ascend(
         self, weight_TT: np.ndarray, step_size: float = 50.0, num_steps: int = 4000
     ) -> np.ndarray:

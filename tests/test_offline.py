@@ -47,21 +47,33 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from two_offline_processes import SCENARIOS, learn
 
 from agents import PPGAgent, PPOAgent, batching, credit_weights, partial_returns
-from agents.credit import Credit, Discounted, FullPlanning, Greedy, KStep, Segment, Subset
+from agents.credit import (
+    Credit,
+    Discounted,
+    FullPlanning,
+    Greedy,
+    KStep,
+    Segment,
+    Subset,
+    parse_credit,
+)
 from agents.lm_policy import LMPolicy, Reference, add_lora
-from agents.logs import LogError, parse_dialogue, read_log, write_log
+from agents.logs import LogError, LoggedDialogue, parse_dialogue, read_log, write_log
 from agents.offline_settings import OfflineSettings
 from agents.ppg import DivergedError
 from agents.reading import read_dialogues
 from agents.scoring import microbatches
 from agents.validation import Validation
-from agents.weighting import effective_share
+from agents.weighting import TurnWeights, effective_share, survey
+from ppg_env import DOMAINS, ActProcess, bundled_personas
+from ppg_env.process import turn_value
 
 # --- a dialogue small enough to list --------------------------------------------------------------
 
 # Contents and nothing between them: every letter but the end token's is one token, an "a" or not.
 BARE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PHASES = (0, 1)
+CHATTER = bundled_personas("chatting")[0]
 
 
 def two_letter_policy(kind: type[LMPolicy] = DoublePolicy, seed: int = 1) -> LMPolicy:
@@ -215,6 +227,45 @@ def test_where_the_logs_come_from_the_policy_the_expected_gradient_is_the_partia
     exact = partial_gradient(policy, world, credit_weights(credit, T, PHASES))
     log = [story_log(said) for said in stories(world)]
     assert_equal(expected_ascent(agent, world, log), exact)
+
+
+@cache
+def chatter_and_log() -> tuple[ActProcess, np.ndarray, list[LoggedDialogue], np.ndarray]:
+    """Return a process, who spoke there, 10,000 logged dialogues, and their (t, s, a)."""
+    process, rng = (
+        ActProcess(DOMAINS["chatting"].dynamics(CHATTER), 4, 0.1),
+        np.random.default_rng(3),
+    )
+    policy_TSA = rng.dirichlet(np.ones(len(process.acts)), process.uniform_policy().shape[:2])
+    log, place_NT3, messages = [], [], chat_of(["Well."] * 4)
+    for _ in range(10_000):
+        memory, rewards, places = process.dynamics.start, [], []
+        for t in range(process.num_turns):
+            heeds = bool(rng.random() >= process.noise)
+            s = process.states.index((memory, heeds))
+            a = int(rng.choice(len(process.acts), p=policy_TSA[t, s]))
+            rewards.append(turn_value(process.dynamics, memory, process.acts[a], heeds))
+            places.append((t, s, a))
+            memory = process.dynamics.advance(memory, process.acts[a])
+        log.append(LoggedDialogue(messages, tuple(rewards)))
+        place_NT3.append(places)
+    return process, policy_TSA, log, np.array(place_NT3)
+
+
+@pytest.mark.parametrize("credit", ["greedy", "kstep:2", "segment:2", "full"])
+def test_the_weights_of_a_long_log_teach_what_the_process_of_acts_says(credit: str) -> None:
+    process, policy_TSA, log, place_NT3 = chatter_and_log()
+    weight_TT = credit_weights(parse_credit(credit), 4)
+    weights = TurnWeights(OfflineSettings(baseline="log_mean"), weight_TT, survey(log))
+    total_TSA, visits_TSA = np.zeros_like(policy_TSA), np.zeros_like(policy_TSA)
+    places = tuple(place_NT3.reshape(-1, 3).T)
+    np.add.at(total_TSA, places, weights.of(log).ravel())
+    np.add.at(visits_TSA, places, 1.0)
+    often_TS = visits_TSA.sum(axis=2) > 2_000
+    assert often_TS.sum() >= 5
+    found_TSA = total_TSA / np.maximum(total_TSA.sum(axis=2, keepdims=True), 1e-9)
+    expected_TSA = process.learned_from_log(policy_TSA, np.sign(weight_TT))
+    np.testing.assert_allclose(found_TSA[often_TS], expected_TSA[often_TS], atol=0.05)
 
 
 def test_logs_of_another_policy_give_another_gradient() -> None:

@@ -241,6 +241,71 @@ def test_rewards_before_the_act_add_nothing_in_expectation():
     np.testing.assert_allclose(process.expected_gradient(policy_TSA, np.ones((3, 3))), full_TSA)
 
 
+def enumerated_weights(process, policy_TSA, weight_TT):
+    """Return (E[R_t], policy times E[max(0, R_t - E[R_t])] of each turn, state and act)."""
+    dynamics, num_turns = process.dynamics, process.num_turns
+    index = {state: i for i, state in enumerate(process.states)}
+    paths = []
+    choices = list(itertools.product((True, False), range(len(process.acts))))
+    for path in itertools.product(choices, repeat=num_turns):
+        memory, probability, rewards, places = dynamics.start, 1.0, [], []
+        for t, (attentive, a) in enumerate(path):
+            s, act = index[memory, attentive], process.acts[a]
+            probability *= (1 - process.noise if attentive else process.noise) * policy_TSA[t, s, a]
+            rewards.append(turn_value(dynamics, memory, act, attentive))
+            places.append((t, s, a))
+            memory = dynamics.advance(memory, act)
+        paths.append((probability, places, np.triu(weight_TT) @ rewards))
+    mean_T = sum(probability * return_T for probability, _, return_T in paths)
+    total_TSA = np.zeros_like(policy_TSA)
+    for probability, places, return_T in paths:
+        for place, above in zip(places, np.maximum(0.0, return_T - mean_T), strict=True):
+            total_TSA[place] += probability * above
+    return mean_T, total_TSA
+
+
+ON_THE_GRID = {name: PARTIAL[name] for name in PARTIAL if name != "Discounted(0.7)"}
+
+
+@pytest.mark.parametrize(("domain", "kind"), KINDS)
+@pytest.mark.parametrize("credit", ON_THE_GRID)
+def test_what_an_endless_log_teaches_is_what_its_enumeration_teaches(domain, kind, credit):
+    process, weight_TT = ActProcess(dynamics_of(domain, kind), 3, noise=0.2), PARTIAL[credit]
+    _, policy_TSA = random_policy(process)
+    mean_T, total_TSA = enumerated_weights(process, policy_TSA, weight_TT)
+    np.testing.assert_allclose(process.mean_credit(policy_TSA, weight_TT), mean_T, atol=1e-14)
+    learned_TSA = process.learned_from_log(policy_TSA, weight_TT, resolution=400)
+    np.testing.assert_allclose(learned_TSA.sum(axis=2), 1.0, atol=1e-14)
+    total_TS1 = total_TSA.sum(axis=2, keepdims=True)
+    reached_TS = total_TS1[:, :, 0] > 1e-12
+    expected_TSA = np.divide(total_TSA, total_TS1, where=total_TS1 > 0, out=policy_TSA.copy())
+    assert reached_TS.sum() > 2 * process.num_turns
+    np.testing.assert_allclose(learned_TSA[reached_TS], expected_TSA[reached_TS], atol=1e-12)
+
+
+def test_a_log_of_one_turn_teaches_acts_by_how_far_they_are_above_its_mean():
+    """By hand: acts worth .55, .45, 0, 0, equally likely: mean .25, weights .30 and .20."""
+    process = ActProcess(dynamics_of("chatting"), num_turns=1, noise=0.0)
+    learned_TSA = process.learned_from_log(process.uniform_policy(), window(1, 1))
+    start = int(np.flatnonzero(process._start_S)[0])
+    by_act = dict(zip(process.acts, learned_TSA[0, start], strict=True))
+    assert by_act == pytest.approx({"answer": 0.6, "volunteer": 0.4, "evade": 0, "contradict": 0})
+
+
+def test_a_state_in_which_nothing_is_above_the_baseline_teaches_nothing():
+    process = ActProcess(dynamics_of("therapy"), num_turns=3, noise=0.1)
+    _, policy_TSA = random_policy(process)
+    learned_TSA = process.learned_from_log(policy_TSA, window(3, 2), np.full(3, 2.0))
+    np.testing.assert_array_equal(learned_TSA, policy_TSA)
+
+
+@pytest.mark.parametrize("weight", [0.37, -1.0])
+def test_credit_that_is_on_no_grid_is_refused(weight):
+    process = ActProcess(dynamics_of("chatting"), num_turns=3, noise=0.1)
+    with pytest.raises(ValueError, match=r"multiples of 1/40 .* finer resolution"):
+        process.learned_from_log(process.uniform_policy(), weight * window(3, 2))
+
+
 def test_ascent_does_not_depend_on_the_scale_of_the_weights():
     process = ActProcess(dynamics_of("chatting"), num_turns=3, noise=0.0)
     one, three = process.limit(window(3, 2)), process.limit(3 * window(3, 2))
