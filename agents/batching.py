@@ -37,11 +37,14 @@ class LogReader:
         if isinstance(log, LoggedDialogue) or not isinstance(log, str | Path | Sequence):
             raise TypeError(
                 f"A log is the path of a file or a list of dialogues, which can be read more than "
-                f"once, got a {type(log).__name__}; give list(...) of it."
+                f"once, got a {type(log).__name__}; give list(...) of it, or of a dataset "
+                "list(from_dataset(...))."
             )
-        self._log = log
+        self._log = tuple(log) if isinstance(log, list) else log  # lists may change meanwhile
         self.name = str(log) if isinstance(log, str | Path) else f"the {name}"
+        self._path = Path(log) if isinstance(log, str | Path) else None
         self._seen: tuple[int, int, int] | None = None  # dialogues, turns, most turns of one
+        self._stamp: tuple[int, ...] | None = None  # of the file, in the first pass
 
     def __iter__(self) -> Iterator[LoggedDialogue]:
         """Yield the dialogues in the log's order.
@@ -50,6 +53,7 @@ class LogReader:
             LogError: the log cannot be read, or has changed since the first pass.
         """
         number = turns = longest = 0
+        self._refuse_another_file()
         for dialogue in read_log(self._log) if isinstance(self._log, str | Path) else self._log:
             if not isinstance(dialogue, LoggedDialogue):
                 raise TypeError(
@@ -65,7 +69,18 @@ class LogReader:
             raise LogError(f"{self.name} holds no dialogues.")
         if self._seen is not None and self._seen != (number, turns, longest):
             self._refuse_changed()
+        self._refuse_another_file()
         self._seen = (number, turns, longest)
+
+    def _refuse_another_file(self) -> None:
+        """Refuse a file that was written to, or replaced, since the first pass began."""
+        if self._path is None or not self._path.exists():
+            return
+        found = self._path.stat()
+        stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if self._stamp not in (None, stamp):
+            self._refuse_changed()
+        self._stamp = stamp
 
     def _refuse_changed(self) -> None:
         raise LogError(

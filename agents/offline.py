@@ -80,7 +80,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Best:
-    """The epoch with the lowest validation loss, and what it left."""
+    """The epoch with the lowest validation loss, and what it left; 0 = before learning."""
 
     epoch: int
     loss: float
@@ -105,6 +105,7 @@ class LearnsOffline(ABC):
     _reference: Reference | None
     _layers: list[Any]
     _skips_in_a_row: int
+    _collapse_warned: bool
 
     @abstractmethod
     def _set_learning_rate(self, remaining: float) -> None:
@@ -139,7 +140,8 @@ class LearnsOffline(ABC):
 
         Every gradient step appends a row to `history`; the last of an epoch also has
         `offline/validation_loss`, see validation.py. With `patience` the weights of the best epoch
-        are kept, and `offline/best_epoch` tells which. Of the agent's own settings count those of
+        are kept, and `offline/best_epoch` tells which; 0 = those before learning, if no epoch was
+        better. Of the agent's own settings count those of
         the gradient step (learning_rate, lr_schedule, kl_coef, max_grad_norm, skip_grad_norm,
         max_skips, token_budget) and `scale`; the others are about playing.
 
@@ -168,7 +170,9 @@ class LearnsOffline(ABC):
             )
         patience, skipped_before = plan.settings.patience, self.optimization.num_skipped
         best: _Best | None = None
-        done, weighed = 0, False
+        if patience is not None and watch is not None:
+            best = self._better(None, watch.loss_before, epoch=0)
+        done, weighed, self._collapse_warned = 0, False, False
         shown = progress_bar and self.processes.is_main_process
         with tqdm(total=plan.num_steps, unit="step", disable=not shown) as bar:
             for epoch, ends, batch in plan.steps(self.seed):
@@ -193,6 +197,7 @@ class LearnsOffline(ABC):
                     self._stop_if_diverged(_as_rollouts(read, tape, plan.num_turns))
         if best is not None:
             self._go_back(best)
+            _warn_if_best_at_the_start(best, done)
         self._warn_of_dropped_turns(done)
         self._warn_if_all_skipped(self.optimization.num_skipped - skipped_before, done)
         return self
@@ -349,8 +354,10 @@ class LearnsOffline(ABC):
             added = {name: sum(each.get(name, 0.0) for each in everybody) for name in names}
             sums = defaultdict(float, added)
             log_ratios = gather_object(log_ratios)
-        # Without a line to learn from the optimizer would go on by its momentum.
-        step = self.optimization.step() if sums["turns"] else Step(0.0, skipped=False)
+        # Where nothing pulls, the optimizer would go on by its momentum.
+        anchored = self._reference is not None or settings.sft_coef > 0.0
+        pulled = sums["turns"] and (anchored or weight_BT.any())
+        step = self.optimization.step() if pulled else Step(0.0, skipped=False)
         self._skips_in_a_row = self._skips_in_a_row + 1 if step.skipped else 0
 
         self.num_updates += 1
@@ -373,7 +380,10 @@ class LearnsOffline(ABC):
         if settings.sft_coef:
             self.log["train/sft_loss"] = sums["sft_loss"]
         if settings.importance:
+            highest = math.log(settings.max_importance)
+            clipped = [min(ratio, highest) for ratio in log_ratios]
             self.log["offline/ess"] = effective_share(log_ratios)
+            self.log["offline/ess_clipped"] = effective_share(clipped)
             self._warn_of_collapse(self.log["offline/ess"], settings)
         self.history.append(self.log)
         return read, tape
@@ -475,14 +485,16 @@ class LearnsOffline(ABC):
             )
 
     def _warn_of_collapse(self, share: float, settings: OfflineSettings) -> None:
-        if share >= settings.min_ess or any("offline/ess_warned" in row for row in self.history):
+        if share >= settings.min_ess or self._collapse_warned:
             return
-        self.log["offline/ess_warned"] = 1.0
+        self._collapse_warned = True
         warnings.warn(
-            f"The effective sample size of the importance weights fell to {share:.1%} of the "
-            f"turns (update {self.num_updates}): few of them carry the gradient, because the "
-            "policy has moved away from the one that spoke. Learn for fewer epochs, lower the "
-            "learning rate or max_importance, or anchor with kl_coef.",
+            f"The effective sample size of the importance ratios, before they are clipped, fell to "
+            f"{share:.1%} of the turns (update {self.num_updates}): the policy has moved so far "
+            "from the one that spoke that the log hardly tells what it would earn. Learn for fewer "
+            "epochs or with a smaller learning rate, or anchor it with a larger kl_coef. "
+            f"(max_importance={settings.max_importance:g} bounds what one turn weighs; "
+            "offline/ess_clipped tells how many carry the gradient.)",
             stacklevel=3,
         )
 
@@ -506,6 +518,16 @@ class LearnsOffline(ABC):
                 "look at the rewards.",
                 stacklevel=3,
             )
+
+
+def _warn_if_best_at_the_start(best: _Best, steps: int) -> None:
+    if steps and best.epoch == 0:
+        warnings.warn(
+            "No epoch had a lower validation loss than the agent had before it learned "
+            f"({best.loss:.4g}), and it is what it was. Lower learning_rate, take more dialogues, "
+            "or look whether both logs were scored alike.",
+            stacklevel=3,
+        )
 
 
 def _why_nothing_is_learned(plan: _Plan) -> str:

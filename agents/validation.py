@@ -47,6 +47,9 @@ class Validation:
         weights: those of the log that is learned from.
         turn_logprobs: of the agent that learns.
 
+    Attributes:
+        loss_before: the loss of the agent as it is now, before it learns.
+
     Raises:
         LogError: it could not tell anything: its turns are all alike.
     """
@@ -60,13 +63,14 @@ class Validation:
     ) -> None:
         self._log, self._settings, self._turn_logprobs = log, settings, turn_logprobs
         self._counts: list[np.ndarray] = []  # of each batch, which turns are among the N
-        before, weight, turns = [], [], []
+        now, before, weight, turns = [], [], [], []
         read = total = 0
         for batch in batches(log, settings.batch_size):
             now_BT, logged_BT = turn_logprobs(batch)
             longest, read_BT = now_BT.shape[1], ~np.isnan(now_BT)
             counts_BT = weights.counts(batch)[:, :longest] & read_BT
             self._counts.append(counts_BT)
+            now.append(now_BT[counts_BT])
             before.append((logged_BT if settings.importance else now_BT)[counts_BT])
             weight.append(weights.unclipped(batch)[:, :longest][counts_BT])
             turns.append(np.nonzero(counts_BT)[1])
@@ -83,6 +87,8 @@ class Validation:
                 f"{log.name} cannot tell whether the agent gets better: {why}. Take more dialogues."
             )
 
+        self.loss_before = self._loss(np.concatenate(now))
+
     def measure(self) -> dict[str, float]:
         """Return the loss, and the share of turns that it could not read, by their log keys."""
         found = []
@@ -90,18 +96,18 @@ class Validation:
             batches(self._log, self._settings.batch_size), self._counts, strict=True
         ):
             found.append(self._turn_logprobs(batch)[0][counts_BT])
-        now_N, num_dialogues = np.concatenate(found), sum(map(len, self._counts))
-        if self._settings.method == "ppg":
-            change_N = now_N - self._before_N
-            log_ratio_N = change_N - _typical(change_N)
-            most = math.log(self._settings.max_importance)
-            loss = -float((np.exp(np.minimum(log_ratio_N, most)) * self._weight_N).mean())
-        else:
-            loss = -float((now_N * self._weight_N).sum()) / num_dialogues
         return {
-            "offline/validation_loss": loss,
+            "offline/validation_loss": self._loss(np.concatenate(found)),
             "offline/validation_dropped_turns": self._dropped,
         }
+
+    def _loss(self, now_N: np.ndarray) -> float:
+        if self._settings.method != "ppg":
+            return -float((now_N * self._weight_N).sum()) / sum(map(len, self._counts))
+        change_N = now_N - self._before_N
+        log_ratio_N = change_N - _typical(change_N)
+        most = math.log(self._settings.max_importance)
+        return -float((np.exp(np.minimum(log_ratio_N, most)) * self._weight_N).mean())
 
 
 def _minus_means(value_N: np.ndarray, turn_N: np.ndarray) -> np.ndarray:

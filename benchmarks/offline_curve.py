@@ -297,7 +297,6 @@ def plot(found: Sequence[Point], limits: Limits, path: Path) -> None:
         axis.set_xticks([*sizes, end], [*(f"{size:,}" for size in sizes), "endless"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.label_outer()
     for row, speaker in enumerate(speakers):
         axes[row, 0].set_ylabel(f"logs of the {speaker} model:\nreward per turn, test personas")
     for axis in axes[-1]:

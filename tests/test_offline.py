@@ -47,6 +47,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from two_offline_processes import SCENARIOS, learn
 
 from agents import PPGAgent, PPOAgent, batching, credit_weights, partial_returns
+from agents.batching import LogReader
 from agents.credit import (
     Credit,
     Discounted,
@@ -1198,29 +1199,68 @@ def test_learning_stops_without_progress_and_goes_back_to_the_best_epoch(
     assert torch.isfinite(weights_of(agent)).all()
 
 
-def test_a_validation_loss_that_is_no_number_is_never_the_best(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for losses, best in (
-        ([2.0, math.nan, 3.0], 0),
-        ([2.0, math.nan, 1.5, 3.0, 3.0], 2),
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([9.0, 2.0, math.nan, 3.0], 1),  # what is no number is never the best
+        ([9.0, 2.0, math.nan, 1.5, 3.0, 3.0], 3),
+        ([9.0, math.nan, 2.0, 3.0, 3.0], 2),
         ([math.nan, 2.0, 3.0, 3.0], 1),
-    ):
-        agent, ends, given = offline_agent(), [], iter(losses)
-        monkeypatch.setattr(
-            Validation,
-            "measure",
-            lambda _, given=given: {"offline/validation_loss": next(given)},
-        )
+        ([9.0, 2.0, 2.0, 2.0], 1),  # as good as the best is no progress
+        ([2.0, 2.0, 3.0], 0),
+        ([-1.0, 0.0, -0.5], 0),
+    ],
+)
+def test_the_best_epoch_is_the_first_with_the_lowest_loss_and_may_be_the_start(
+    losses: list[float], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, given = offline_agent(), iter(losses)
+    ends = [weights_of(agent)]
+    monkeypatch.setattr(Validation, "_loss", lambda *_: next(given))
+    with warnings.catch_warnings(record=True) as told_of:
+        warnings.simplefilter("always")
         agent.learn_offline(
             small_log(3),
             validation=small_log(2, 9),
-            epochs=len(losses),
+            epochs=9,
             patience=2,
-            callback=lambda a, ends=ends: ends.append(weights_of(a)),
+            callback=lambda a: ends.append(weights_of(a)),
         )
-        assert len(ends) == len(losses)
-        assert torch.equal(weights_of(agent), ends[best])
+    assert len(ends) == len(losses)
+    assert agent.log["offline/best_epoch"] == best
+    assert torch.equal(weights_of(agent), ends[best])
+    assert sum("before it learned" in str(w.message) for w in told_of) == (best == 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"baseline": "log_mean"}, {"method": "sft"}])
+def test_the_loss_before_learning_is_what_a_still_agent_is_measured_at(settings: Any) -> None:
+    agent, held_out = offline_agent(), small_log(6, 30)
+    plan = agent._plan(small_log(6), held_out, OfflineSettings.of(settings))
+    watch = Validation(
+        LogReader(held_out),
+        plan.settings,
+        plan.weights,
+        lambda batch: agent._turn_logprobs(batch, plan.settings),
+    )
+    assert watch.loss_before == watch.measure()["offline/validation_loss"]
+    assert (abs(watch.loss_before) < 1e-6) == (plan.settings.method == "ppg")
+
+
+def test_a_step_in_which_no_turn_has_a_weight_moves_nothing() -> None:
+    """Neither by the gradient, which is 0, nor by the momentum of the steps before."""
+    scored, unscored = rewarded(1.0, 0.5), rewarded(None, None)
+    for settings, moves in (({}, False), ({"sft_coef": 0.1}, True)):
+        agent = PPGAgent(two_letter_policy(LMPolicy), None, "full", learning_rate=0.01, seed=0)
+        ends: list[Tensor] = []
+        agent.learn_offline(
+            [scored, unscored],
+            batch_size=1,
+            shuffle=0,
+            callback=lambda a, ends=ends: ends.append(weights_of(a)),
+            **settings,
+        )
+        assert len(ends) == 2
+        assert torch.equal(ends[0], ends[1]) != moves
 
 
 def test_all_epochs_without_patience_keep_the_last_weights() -> None:
@@ -1271,7 +1311,9 @@ def test_steps_that_were_all_skipped_are_no_silent_success() -> None:
         agent.learn_offline(small_log(8), batch_size=4)
 
 
-@pytest.mark.parametrize("change", ["grows", "shrinks", "gets longer", "gets shorter"])
+@pytest.mark.parametrize(
+    "change", ["grows", "shrinks", "gets longer", "gets shorter", "evens out", "other rewards"]
+)
 @pytest.mark.parametrize("which", ["log", "validation log"])
 def test_a_log_that_changes_while_it_is_learned_from_is_refused(
     which: str, change: str, tmp_path: Path
@@ -1281,24 +1323,65 @@ def test_a_log_that_changes_while_it_is_learned_from_is_refused(
     for name, log in logs.items():
         write_log(paths[name], log)
     longer = told(chat_of([f"So {i}." for i in range(4)]), persona="longer")
+    pairs = [each for each in small_log(24, 60) if each.num_turns == 2]
     changed = {
         "grows": [*logs[which], *small_log(2, 60)],
         "shrinks": logs[which][:-1],
         "gets longer": [longer, *logs[which][1:]],
         "gets shorter": [*logs[which][:-1], small_log(1, 60)[0]],
+        "evens out": [*pairs[:7], small_log(1, 60)[0]] if which == "log" else pairs[:6],
+        "other rewards": [replace(d, rewards=(0.9,) * d.num_turns) for d in logs[which]],
     }[change]
     turns = [sum(t.num_turns for t in each) for each in (logs[which], changed)]
-    assert turns[0] != turns[1]
+    assert (turns[0] != turns[1]) == (change not in ("evens out", "other rewards"))
 
     def note(agent: PPGAgent) -> None:
         if agent.num_updates == 3:
             write_log(paths[which], changed)
 
-    agent = offline_agent()
     with pytest.raises(LogError, match=rf"{which}\.jsonl has changed while it was read"):
-        agent.learn_offline(
+        offline_agent().learn_offline(
             paths["log"], validation=paths["validation log"], epochs=3, batch_size=4, callback=note
         )
+
+
+def test_a_list_that_changes_meanwhile_is_learned_from_as_it_was() -> None:
+    log, held_out = small_log(8), small_log(6, 30)
+
+    def spoil(_: PPGAgent) -> None:
+        log[:], held_out[:] = log[:1], []
+
+    settings = {"epochs": 3, "batch_size": 4}
+    spoiled = offline_agent().learn_offline(log, validation=held_out, callback=spoil, **settings)
+    log, held_out = small_log(8), small_log(6, 30)
+    expected = offline_agent().learn_offline(log, validation=held_out, **settings)
+    assert torch.equal(weights_of(spoiled), weights_of(expected))
+
+
+class Shelf(Sequence[Any]):
+    """Dialogues that are fetched when they are read."""
+
+    def __init__(self, dialogues: Sequence[Any]) -> None:
+        self.dialogues = dialogues
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.dialogues[i]
+
+
+def test_a_sequence_that_evens_out_while_it_is_learned_from_is_refused() -> None:
+    """It has as many dialogues and turns as before, and its longest dialogue is shorter."""
+    shelf = Shelf(small_log(8))
+    pairs = [each for each in small_log(24, 60) if each.num_turns == 2]
+
+    def note(agent: PPGAgent) -> None:
+        if agent.num_updates == 2:  # the end of a pass
+            shelf.dialogues = [*pairs[:7], small_log(1, 60)[0]]
+
+    with pytest.raises(LogError, match="the log has changed while it was read"):
+        offline_agent().learn_offline(shelf, epochs=3, batch_size=4, callback=note)
 
 
 def test_a_callback_can_stop_learning() -> None:
@@ -1394,6 +1477,8 @@ def test_the_effective_sample_size_is_that_of_a_sum_by_hand() -> None:
     with pytest.warns(UserWarning, match="effective sample size"):
         agent.learn_offline(log, importance=True, max_importance=1.1, min_ess=0.9, min_weight=None)
     assert agent.log["offline/ess"] == pytest.approx(effective_share([1.0, 0.5, -0.75]), rel=1e-5)
+    clipped = effective_share([math.log(1.1), math.log(1.1), -0.75])
+    assert agent.log["offline/ess_clipped"] == pytest.approx(clipped, rel=1e-5)
 
 
 def test_a_collapse_is_warned_of_once() -> None:
@@ -1407,11 +1492,10 @@ def test_a_collapse_is_warned_of_once() -> None:
     assert len(collapsed) > 1
     first = f"fell to {shares[collapsed[0] - 1]:.1%} of the turns (update {collapsed[0]})"
     assert first in str(warning.message) and "kl_coef" in str(warning.message)
-    flagged = [n for n, row in enumerate(agent.history, start=1) if "offline/ess_warned" in row]
-    assert flagged == collapsed[:1]
+    with pytest.warns(UserWarning, match="effective sample size"):  # once in each learning
+        agent.learn_offline(log, importance=True, min_ess=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        agent.learn_offline(log, importance=True, min_ess=0.9)
         offline_agent().learn_offline(log, importance=True, min_ess=0.9)
 
 
