@@ -193,18 +193,26 @@ def write_log(path: str | Path, dialogues: Iterable[LoggedDialogue]) -> int:
     """Write a log, gzipped if the name ends in ".gz", in whole or not at all; return how many.
 
     Raises:
-        LogError: for a dialogue that `read_log` would refuse, and if there are none; a file that
-            was there before still is.
+        LogError: for a dialogue that `read_log` would refuse, if there are none, and if the place
+            is no file's; a file that was there before still is.
+        OSError: names the file that could not be written.
     """
     path, number = Path(path), 0
-    draft = path.with_name(f"{path.name}.part")
+    target = path.resolve()  # what a link points to, not the link
+    if target.exists() and not target.is_file():
+        raise LogError(f"{path} is a folder, a pipe or a device; name a file to write.")
+    if not target.parent.is_dir():
+        raise LogError(f"There is no folder {path.parent} to write {path.name} to; make it first.")
+    draft = target.with_name(f"{target.name}.part")
     try:
         with draft.open("wb") as raw, _compressed(raw, path) as lines:
             for number, dialogue in enumerate(dialogues, start=1):
                 lines.write(_one_line(dialogue, number))
         if not number:
             raise LogError(f"There are no dialogues to write to {path}.")
-        draft.replace(path)
+        draft.replace(target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
     return number
@@ -222,7 +230,7 @@ def parse_dialogue(record: object) -> LoggedDialogue:
         turns = _own_lines(_messages(record.get("messages")))
         raise ValueError(
             "field 'rewards' is missing: one number in [-1, 1] or null for each of the agent's "
-            f"{turns} lines"
+            f"{turns} lines; a judge can write them (ppg rejudge)"
         )
     known = {name: value for name in _FIELDS if (value := record.get(name)) is not None}
     rest = {name: value for name, value in record.items() if name not in _FIELDS}
@@ -233,7 +241,7 @@ def _parsed(line: bytes, where: str) -> LoggedDialogue:
     # Only the last line can lack its end.
     cut = "" if line.endswith(b"\n") else "; the file ends within this line, it may be truncated"
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_one_each)
     except json.JSONDecodeError as error:
         raise LogError(
             f"{where}: not a JSON object on one line ({error.msg} at column {error.colno}){cut}."
@@ -242,6 +250,8 @@ def _parsed(line: bytes, where: str) -> LoggedDialogue:
         raise LogError(f"{where}: not UTF-8 (byte {error.start} of the line){cut}.") from error
     except RecursionError as error:
         raise LogError(f"{where}: nested too deeply.") from error
+    except _TwiceError as error:
+        raise LogError(f"{where}: the field '{error}' stands there twice.") from error
     except ValueError as error:
         most = sys.get_int_max_str_digits()
         raise LogError(f"{where}: a whole number of more than {most} digits.") from error
@@ -251,11 +261,28 @@ def _parsed(line: bytes, where: str) -> LoggedDialogue:
         raise LogError(f"{where}, {error}.") from error
 
 
+class _TwiceError(ValueError):
+    """An object has a field twice, of which readers of JSON take the one or the other."""
+
+
+def _one_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError(Counter(name for name, _ in pairs).most_common(1)[0][0])
+    return found
+
+
 def _one_line(dialogue: LoggedDialogue, number: int) -> bytes:
+    field = ""
     try:
+        for field, value in dialogue.extra.items():  # all others are checked
+            json.dumps(value, allow_nan=False)
         text = json.dumps(dialogue.record(), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
-        raise LogError(f"Dialogue {number} cannot be written: {error}.") from error
+        raise LogError(
+            f"Dialogue {number} cannot be written: field {field!r} is nothing that JSON knows "
+            f"({error})."
+        ) from error
     # What UTF-8 cannot encode are lone surrogates, and their Python escape is the JSON one.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
@@ -418,8 +445,9 @@ def split_by_persona(
 ) -> tuple[list[LoggedDialogue], list[LoggedDialogue]]:
     """Return (train, test) such that no persona and no dialogue is on both sides.
 
-    A persona goes by its id; without one, by what the agent was told in a system message; without
-    either, by its group. Personas that share a dialogue stay together, and so do dialogues that
+    A persona goes by its id; without one, by what the agent was told in a system message, which
+    may not be told to any persona with an id on the other side; without either, by its group.
+    Personas that share a dialogue stay together, and so do dialogues that
     agree word by word, those of one exchange excepted, which do so by chance.
 
     Args:
@@ -468,6 +496,14 @@ def _test_side(dialogues: Iterable[LoggedDialogue], test_share: float, seed: int
     if not 0 < test_share < 1:
         raise ValueError(f"test_share lies between 0 and 1, got {test_share}.")
     marks = [_marks(dialogue) for dialogue in dialogues]
+    nameless = {mark for each in marks for mark in each if mark.startswith(_TOLD)}
+    for own in marks:
+        for mark, name in list(own.items()):
+            told = mark.replace(_TOLD_TOO, _TOLD)
+            if mark.startswith(_TOLD_TOO) and told in nameless:
+                own[told] = name
+            if mark.startswith(_TOLD_TOO):
+                del own[mark]
     clusters = _clusters(marks)
     sizes = Counter(clusters)
     if len(sizes) < 2:
@@ -493,23 +529,35 @@ def refuse_leaks(train: Iterable[LoggedDialogue], test: Iterable[LoggedDialogue]
     seen = {mark for dialogue in train for mark in _marks(dialogue)}
     for dialogue in test:
         for mark, name in _marks(dialogue).items():
-            if mark in seen:
+            if mark.startswith(_TOLD_TOO):  # personas with ids may all be told the same
+                shared = mark.replace(_TOLD_TOO, _TOLD) in seen
+            else:
+                shared = mark in seen or mark.replace(_TOLD, _TOLD_TOO) in seen
+            if shared:
                 raise LogError(
                     f"Training and test data share {name}; split by persona "
                     "(agents.logs.split_by_persona), never by line."
                 )
 
 
+_TOLD, _TOLD_TOO = "told ", "told too "
+"""Before what a persona without an id was told, and before what one with an id was."""
+
+
 def _marks(dialogue: LoggedDialogue) -> dict[str, str]:
-    """Return what may be on one side of a split only: mark -> how to name it."""
+    """Return what may be on one side of a split only: mark -> how to name it.
+
+    What a persona with an id is told may be the same for all, about manners, say: it may be on both
+    sides, but not where the other side has it from a persona without an id, who could be the same.
+    """
     marks = {}
     told = dialogue.messages[0] if dialogue.messages[0]["role"] == "system" else None
-    # What a persona with an id is told may be the same for all, about manners, say.
     if dialogue.persona:
         marks[f"persona {dialogue.persona}"] = f"the persona {dialogue.persona!r}"
-    elif told is not None:
-        marks[f"told {_digest(told['content'])}"] = f"the persona text {told['content'][:60]!r}"
-    elif dialogue.group is not None:
+    if told is not None:
+        mark = f"{_TOLD_TOO if dialogue.persona else _TOLD}{_digest(told['content'])}"
+        marks[mark] = f"the persona text {told['content'][:60]!r}"
+    elif not dialogue.persona and dialogue.group is not None:
         marks[f"group {dialogue.group}"] = f"the group {dialogue.group!r}"
     if dialogue.dialogue:
         marks[f"dialogue {dialogue.dialogue}"] = f"the dialogue {dialogue.dialogue!r}"

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import gymnasium as gym
@@ -68,6 +69,10 @@ class RolloutBatch:
     """The judge's reason for each turn that took place, a dialogue at a time; "" = none."""
     tokenizer: str = ""
     """Fingerprint of the tokenizer that the tape's ids belong to."""
+    behaviour: str = ""
+    """Name of the policy that spoke; "" where it has none."""
+    judge: str = ""
+    """Name of the judge that scored; "" where the environment tells none."""
 
     @property
     def num_turns(self) -> int:
@@ -102,6 +107,10 @@ class RolloutBatch:
         if self.personas:
             record["persona"] = self.personas[b]
         record["group"] = int(self.group_B[b])
+        if self.behaviour:
+            record["behaviour"] = self.behaviour
+        if self.judge:
+            record["judge"] = self.judge
         record["messages"] = self.transcripts[b]
         record["rewards"] = spoken(self.reward_BT[b])
         record["reward_parts"] = {name: spoken(p_BT[b]) for name, p_BT in self.part_BT.items()}
@@ -161,6 +170,8 @@ def join_batches(batches: Sequence[RolloutBatch]) -> RolloutBatch:
         personas=tuple(persona for b in batches for persona in b.personas),
         domains=tuple(domain for b in batches for domain in b.domains),
         reasons=tuple(reasons for b in batches for reasons in b.reasons),
+        behaviour=batches[0].behaviour,
+        judge=batches[0].judge,
     )
 
 
@@ -293,7 +304,15 @@ def collect_rollouts(
         domains=tuple(domains),
         reasons=tuple(map(tuple, reasons)),
         tokenizer=getattr(policy, "tokenizer_fingerprint", ""),
+        behaviour=_name_of(policy),
+        judge=str(getattr(getattr(envs.unwrapped, "world", None), "judge_name", "")),
     )
+
+
+def _name_of(policy: object) -> str:
+    """Return a policy's name; of a model in a folder the folder's, without where it lies."""
+    name = str(getattr(policy, "name", ""))
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def agent_generators(

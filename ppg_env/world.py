@@ -76,6 +76,7 @@ class World:
         verdict_cache: SQLite file that keeps the judge's verdicts, for this run and later ones.
 
     Attributes:
+        judge_name: "rules", the judge's text, or the name of its class or function.
         nondeterministic: whether partner or judge declare that the same seed may go otherwise.
     """
 
@@ -99,6 +100,8 @@ class World:
         self.personas = resolve_personas(personas, self.domain)
         self.partner = make_partner(partner, self.domain, noise)
         self.judge = make_judge(judge, self.domain, verdict_cache)
+        own_name = getattr(judge, "__name__", type(judge).__name__)
+        self.judge_name = judge if isinstance(judge, str) else own_name
         if isinstance(self.judge, RuleJudge):
             for persona in self.personas:
                 self.judge.check(persona)

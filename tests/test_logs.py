@@ -628,6 +628,7 @@ def test_what_ppg_train_leaves_behind_is_a_log(tmp_path: Path, domain: str) -> N
     for one, trajectory in zip(raw, found, strict=True):
         assert trajectory.domain == domain and trajectory.persona == one["persona"] != ""
         assert trajectory.extra == {"update": one["update"]}
+        assert (trajectory.behaviour, trajectory.judge) == ("model", "rules")
         assert trajectory.num_turns == 2 and trajectory.reward_parts
         assert trajectory.reasons == tuple(one["reasons"])
         assert trajectory.messages == one["messages"]
@@ -660,7 +661,7 @@ def dialogues(draw: st.DrawFn) -> LoggedDialogue:
     )
 
 
-def marks_of(t: LoggedDialogue) -> set[tuple[str, Any]]:
+def marks_of(t: LoggedDialogue, told_to_nameless: set[str]) -> set[tuple[str, Any]]:
     """What must not be on both sides, told independently of the code."""
     texts = [m["content"] for m in t.messages]
     system = t.messages[0]["role"] == "system"
@@ -668,7 +669,7 @@ def marks_of(t: LoggedDialogue) -> set[tuple[str, Any]]:
     marks = {("said", tuple(texts[system:]))} if long or not (system or t.persona) else set()
     marks |= {("persona", t.persona)} if t.persona else set()
     marks |= {("dialogue", t.dialogue)} if t.dialogue else set()
-    marks |= {("told", texts[0])} if system and not t.persona else set()
+    marks |= {("told", texts[0])} if system and texts[0] in told_to_nameless else set()
     marks |= {("group", str(t.group))} if not (system or t.persona or t.group is None) else set()
     return marks
 
@@ -676,8 +677,9 @@ def marks_of(t: LoggedDialogue) -> set[tuple[str, Any]]:
 def families(everything: list[LoggedDialogue]) -> list[set[int]]:
     """Connected components by repeated joining, slowly."""
     found: list[tuple[set[int], set[Any]]] = []
+    nameless = {t.messages[0]["content"] for t in everything if not t.persona}
     for i, t in enumerate(everything):
-        members, marks = {i}, marks_of(t)
+        members, marks = {i}, marks_of(t, nameless)
         for other in [f for f in found if f[1] & marks]:
             found.remove(other)
             members, marks = members | other[0], marks | other[1]
@@ -713,6 +715,59 @@ def test_a_split_keeps_families_together_and_everything(
     assert [list(map(id, side)) for side in again] == [
         list(map(id, side)) for side in (train_set, test_set)
     ]
+
+
+def test_a_persona_with_an_id_on_one_side_only_is_a_leak() -> None:
+    named = short("alice", system="You like tea.")
+    nameless = short("", "I do.", system="You like tea.")
+    other = short("bob", system="You like tea.")
+    for train_set, test_set in (([named], [nameless]), ([nameless], [named])):
+        with pytest.raises(LogError, match=r"share the persona text 'You like tea\.'"):
+            refuse_leaks(train_set, test_set)
+    refuse_leaks([named], [other])  # both have ids and may be told the same
+    with pytest.raises(ValueError, match="cannot be split"):
+        split_by_persona([named, nameless, other], 0.5)
+    assert split_by_persona([named, other], 0.5)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "no folder", "full"])
+def test_a_log_is_not_written_where_no_file_can_be(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "no folder":
+        path = tmp_path / "no" / "log.jsonl"
+    else:
+        (tmp_path / "log.jsonl.part").mkdir()  # what is written to first
+    message = "no folder .*no to write" if kind == "no folder" else "log.jsonl"
+    with pytest.raises(OSError if kind == "full" else LogError, match=message):
+        write_log(path, [short("p")])
+    assert kind not in ("pipe", "full") or not path.is_file()
+    if kind == "pipe":
+        assert path.is_fifo()
+
+
+def test_what_a_link_points_to_is_written(tmp_path: Path) -> None:
+    (tmp_path / "real.jsonl").write_text("old")
+    (tmp_path / "link.jsonl").symlink_to("real.jsonl")
+    write_log(tmp_path / "link.jsonl", [short("p")])
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert [t.persona for t in read_log(tmp_path / "real.jsonl")] == ["p"]
+
+
+def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    line = json.dumps(short("p").record())
+    (tmp_path / "log.jsonl").write_text(line[:-1] + ', "rewards": [0.0]}\n')
+    with pytest.raises(LogError, match=r"line 1: the field 'rewards' stands there twice"):
+        list(read_log(tmp_path / "log.jsonl"))
+
+
+def test_a_field_that_json_does_not_know_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LogError, match=r"Dialogue 2 cannot be written: field 'score' is nothing"):
+        write_log(tmp_path / "x.jsonl", [short("p"), short("q", score=math.nan)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_share_is_met_where_personas_are_many() -> None:
