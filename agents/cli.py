@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,7 @@ from .train import TrainConfig, train
 
 if TYPE_CHECKING:
     from .live import LiveDialogue
+    from .logs import LoggedDialogue
 
 _BREAKDOWNS = (
     DivergedError,
@@ -42,7 +44,9 @@ _BREAKDOWNS = (
     ppg_env.ChatError,
     ppg_env.UnparsableJudgeError,
 )
-console = Console() if sys.stdout.isatty() else Console(width=170)
+console = (
+    Console(emoji=False) if sys.stdout.isatty() else Console(width=170, emoji=False)
+)  # no emoji: ":x:" in a text is no picture
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,12 @@ class EvaluateConfig:
 
     agent: str = "nano"
     """Folder of a saved agent or model, or "nano"."""
-    domain: str = "chatting"
-    """Domain of PersonaDialogue-v0."""
+    log: str | None = None
+    """A log of dialogues: measure single turns that go on from its histories, not whole dialogues.
+    Only domain, judge, deterministic and seed count then."""
+    domain: str | None = None
+    """Domain of PersonaDialogue-v0, or module:NAME of a Domain of your own; None = the log's own,
+    else chatting."""
     personas: str = "test"
     """A split of the bundled personas, or the path of a persona file."""
     episodes: int = 2
@@ -108,12 +116,17 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RejudgeConfig:
-    """Which stored dialogues are scored again, by whom."""
+    """Which stored dialogues are scored, by whom."""
 
     run: tyro.conf.Positional[str]
-    """Run folder, or a folder of runs."""
+    """Run folder, a folder of runs, or a log of your own, scored or not (then name out)."""
     judge: str
     """Who scores now: "rules", "openai:MODEL@URL", "hf:FOLDER", "nli:FOLDER"."""
+    out: str | None = None
+    """Of a log: the log to write; gzipped if it ends in .gz."""
+    domain: str | None = None
+    """What the dialogues are of: a name, or module:NAME of a Domain of your own; None = what the
+    dialogues or the run name."""
     personas: str | None = None
     """Persona file of the dialogues; None = the run's own, or the bundled ones."""
     dialogues: int | None = None
@@ -130,6 +143,8 @@ class CalibrateConfig:
     """Run folder, or a folder of runs."""
     judges: tuple[str, str]
     """Two judges, as in `ppg rejudge`; "stored" = the verdicts that the run already holds."""
+    domain: str | None = None
+    """What the dialogues are of, as in `ppg rejudge`."""
     personas: str | None = None
     """Persona file of the dialogues; None = the run's own, or the bundled ones."""
     dialogues: int | None = None
@@ -321,10 +336,14 @@ def evaluate_agent(c: EvaluateConfig) -> None:
     from .evaluate import evaluate_policy
     from .loading import load_policy
 
+    if c.log is not None:
+        _evaluate_steps(c, c.log)
+        return
+    domain = _own_domain(c.domain or "chatting")
     envs = gym.make_vec(
         "PersonaDialogue-v0",
         num_envs=32,
-        domain=c.domain,
+        domain=domain,
         personas=c.personas,
         max_turns=c.max_turns,
         noise=c.noise,
@@ -340,7 +359,7 @@ def evaluate_agent(c: EvaluateConfig) -> None:
         deterministic=c.deterministic,
         quiz=_quiz(c.quiz, envs.unwrapped.world),  # type: ignore[attr-defined]
     )
-    table = Table(title=f"{c.agent} in {c.domain}, {len(found.persona_reward)} personas")
+    table = Table(title=f"{c.agent} in {domain.name}, {len(found.persona_reward)} personas")
     table.add_column("metric")
     table.add_column("mean [95 % interval]")
     for name, value in found.metrics.items():
@@ -351,6 +370,32 @@ def evaluate_agent(c: EvaluateConfig) -> None:
     for name, part_T in found.part_T.items():
         by_turn = "  ".join(f"{part:.2f}" for part in part_T)
         console.print(f"{name} by turn: {by_turn}", highlight=False)
+
+
+def _evaluate_steps(c: EvaluateConfig, log: str) -> None:
+    """Print what the agent's single turns earn after logged histories, and the logged ones."""
+    from ppg_env.rejudge import last_line
+    from ppg_env.world import make_judge
+
+    from .evaluate import evaluate_steps
+    from .loading import load_policy
+    from .logs import read_log
+
+    first = next(read_log(log, unscored=True))
+    domain = _own_domain(c.domain or _named_domain(first.domain, log))
+    judge = make_judge(c.judge, domain, c.verdict_cache)
+    found = evaluate_steps(
+        None,
+        load_policy(c.agent),
+        read_log(log, unscored=True),
+        score=last_line(judge, domain, _personas_of(domain)),
+        seed=c.seed,
+        deterministic=c.deterministic,
+    )
+    rows = [("its lines", str(found.reward)), ("the logged lines there", str(found.logged))]
+    _print_table(f"{c.agent} in {found.num_steps} logged turns", ("", "reward a turn"), rows)
+    by_turn = "  ".join(f"{reward:.2f}" for reward in found.reward_T)
+    console.print(f"its reward by turn: {by_turn}", highlight=False)
 
 
 def _quiz(spec: str | None, world: World) -> FactQuiz | ChatQuiz | None:
@@ -485,6 +530,11 @@ def limits(c: LimitsConfig) -> None:
 
 def rejudge(c: RejudgeConfig) -> None:
     """Score stored dialogues with another judge; write them beside the old ones, show the means."""
+    if Path(c.run).is_file():
+        _rejudge_log(c)
+        return
+    if c.out is not None:
+        raise ValueError(f"out={c.out} is for a log; of a run the dialogues are written into it.")
     from ppg_env.rejudge import rescored
 
     from .runs import TRANSCRIPTS, dialogue_folders, read_records, write_rejudged
@@ -498,7 +548,8 @@ def rejudge(c: RejudgeConfig) -> None:
         file = write_rejudged(folder, c.judge, (rescored(*pair, c.judge) for pair in scored))
         rewards = [record["rewards"] for record in read_records(file)]
         before = [
-            record["rewards"] for record in islice(read_records(folder / TRANSCRIPTS), len(rewards))
+            record.get("rewards") or []
+            for record in islice(read_records(folder / TRANSCRIPTS), len(rewards))
         ]
         unscorable = [[float(reward is None) for reward in dialogue] for dialogue in rewards]
         formed, read = (
@@ -510,6 +561,44 @@ def rejudge(c: RejudgeConfig) -> None:
         table.add_row(str(folder), str(len(rewards)), *means)
         console.print(f"wrote {file}", highlight=False)
     console.print(table)
+
+
+def _rejudge_log(c: RejudgeConfig) -> None:
+    """Score the dialogues of a log into another log."""
+    from ppg_env.rejudge import rejudge as score_again
+    from ppg_env.rejudge import rescored
+    from ppg_env.world import make_judge
+
+    from .logs import parse_dialogue, read_log, write_log
+
+    if c.out is None:
+        raise ValueError(f"{c.run} is a log: name the log to write, --out scored.jsonl.")
+    if Path(c.out).resolve() == Path(c.run).resolve():
+        raise ValueError(f"--out {c.out} is the log itself; name another file.")
+    first = next(read_log(c.run, unscored=True))
+    domain = _own_domain(c.domain or _named_domain(first.domain, c.run))
+    records = (dialogue.record() for dialogue in read_log(c.run, unscored=True))
+    scored = score_again(
+        islice(records, c.dialogues),
+        make_judge(c.judge, domain, c.verdict_cache),
+        domain,
+        _personas_of(domain, c.personas),
+    )
+    rewards: list[Sequence[float | None]] = []
+
+    def written() -> Iterator[LoggedDialogue]:
+        for record, verdicts in scored:
+            dialogue = parse_dialogue(rescored(record, verdicts, c.judge))
+            rewards.append(dialogue.rewards)
+            yield dialogue
+
+    number = write_log(c.out, written())
+    unscorable = sum(reward is None for own in rewards for reward in own)
+    console.print(
+        f"wrote {c.out}: {number} dialogues, mean reward {_turn_mean(rewards)}, {unscorable} of "
+        f"{sum(map(len, rewards))} lines unscorable",
+        highlight=False,
+    )
 
 
 def calibrate(c: CalibrateConfig) -> None:
@@ -580,11 +669,19 @@ def import_log(c: ImportConfig) -> None:
 
 def split_a_log(c: SplitConfig) -> None:
     """Write a log as one to learn from and one of other personas."""
-    from .logs import split_log
+    from .logs import is_alone, read_log, split_log
 
     numbers = split_log(c.log, c.train, c.test, c.test_share, c.seed)
     for path, number in zip((c.train, c.test), numbers, strict=True):
         console.print(f"wrote {path}: {number} dialogues", highlight=False)
+    alone = sum(is_alone(dialogue) for dialogue in read_log(c.log))
+    if alone:
+        console.print(
+            f"{alone} of them tell neither persona nor system message nor group: each counts as "
+            "somebody else. If some are of the same people, give them ids (field 'persona').",
+            style="yellow",
+            highlight=False,
+        )
 
 
 def _rejudged(
@@ -596,11 +693,9 @@ def _rejudged(
 
     from .runs import read_settings, read_transcripts
 
-    domain = ppg_env.get_domain(_domain_of(folder))
-    personas = list(ppg_env.bundled_personas(domain))
+    domain = _own_domain(c.domain or _domain_of(folder))
     own = c.personas or read_settings(folder).get("personas", "")
-    if Path(str(own)).suffix and Path(str(own)).exists():
-        personas += ppg_env.load_personas(str(own), domain)
+    personas = _personas_of(domain, str(own))
     records = islice(read_transcripts(folder), c.dialogues)
     yield from score_again(records, make_judge(judge, domain, c.verdict_cache), domain, personas)
 
@@ -610,7 +705,40 @@ def _domain_of(folder: Path) -> str:
     from .runs import read_settings, read_transcripts
 
     record = next(read_transcripts(folder), {})
-    return record.get("domain") or read_settings(folder).get("domain") or "chatting"
+    named = record.get("domain") or read_settings(folder).get("domain")
+    return _named_domain(str(named or ""), str(folder))
+
+
+def _named_domain(name: str, where: str) -> str:
+    """Return a domain that dialogues name; raise if they name none, or one that is not bundled."""
+    if name in ppg_env.DOMAINS:
+        return name
+    what = f"are of the domain {name!r}, which is not a bundled one" if name else "name no domain"
+    raise ValueError(
+        f"The dialogues of {where} {what}, and a judge is told what they are of: give --domain, "
+        f"one of {', '.join(ppg_env.DOMAINS)}, or module:NAME of a Domain of your own."
+    )
+
+
+def _own_domain(text: str) -> ppg_env.Domain:
+    """Return the domain of this name, or that module:NAME holds."""
+    module, colon, name = text.partition(":")
+    if not colon:
+        return ppg_env.get_domain(text)
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"There is no domain {text}: {error}.") from error
+    return ppg_env.get_domain(found)
+
+
+def _personas_of(domain: ppg_env.Domain, file: str | None = None) -> list[ppg_env.Persona]:
+    """Return the bundled personas of a domain, if it is a bundled one, and those of a file."""
+    bundled = domain.name in ppg_env.DOMAINS
+    personas = list(ppg_env.bundled_personas(domain)) if bundled else []
+    if file and Path(file).suffix and Path(file).exists():
+        personas += ppg_env.load_personas(file, domain)
+    return personas
 
 
 def _turn_mean(dialogues: Sequence[Sequence[float | None]]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from gymnasium.vector import VectorEnv
 
-from .logs import LoggedDialogue, opened_by_the_partner, read_log
+from .logs import LoggedDialogue, Score, checked_scores, opened_by_the_partner, read_log
 from .policy import Messages, Policy
 from .quiz import Quiz, evaluate_quiz
 from .rollout import RolloutBatch, collect_rollouts, speaker_for
@@ -70,7 +70,7 @@ class StepEvaluation:
         reward: of the policy's lines, mean of persona means.
         logged: the same of the lines that were logged there: of those turns that count in `reward`
             and have a logged reward.
-        reward_T: mean reward at each turn of the dialogue.
+        reward_T: mean reward at each turn of the dialogue, of those that were that long.
         persona_reward: mean reward of each persona, for paired comparisons.
         num_steps: turns that were spoken; those without room in the policy's context were not.
     """
@@ -132,10 +132,11 @@ def evaluate_policy(
 
 
 def evaluate_steps(
-    envs: VectorEnv[Any, Any, Any],
+    envs: VectorEnv[Any, Any, Any] | None,
     policy: Policy,
     log: str | Path | Iterable[LoggedDialogue],
     *,
+    score: Score | None = None,
     seed: int = 0,
     deterministic: bool = False,
 ) -> StepEvaluation:
@@ -143,23 +144,36 @@ def evaluate_steps(
 
     The environment continues the logged history (`reset(options={"history": ...})`), the policy
     says the next line, the judge scores it. The logged lines before it are somebody else's, so
-    this tells how good a line is where others have led, not where the policy leads itself.
+    this tells how good a line is where others have led, not where the policy leads itself. Every
+    turn of a persona counts alike, so longer dialogues count more.
+
+    Without an environment the policy sees the logged messages and `score` says what its line is
+    worth; persona, partner and domain may be anything.
 
     Args:
-        envs: a vector environment of PersonaDialogue-v0 that knows the logged personas.
+        envs: a vector environment of PersonaDialogue-v0 that knows the logged personas; None =
+            `score` is given.
         policy: anything with `predict`.
         log: held-out dialogues, or the file of a log; turns in which the agent spoke first are left
             out.
+        score: gets records with "persona", "domain" and "messages" that end with the policy's line,
+            and returns a reward for each, None where nobody can tell (as in logs.score_log).
         seed: of partner and sampling.
         deterministic: the most likely line instead of a sampled one.
 
     Raises:
         LogError: the file is no log.
-        ValueError: if there is nothing to go on from, or for an unknown persona.
+        ValueError: if there is nothing to go on from, for an unknown persona, and for both or
+            neither of `envs` and `score`.
     """
-    known = getattr(envs.unwrapped, "persona_ids", None)
+    if (envs is None) == (score is None):
+        raise ValueError(
+            "Who scores the lines? Give either a vector environment or score=, a function from "
+            "dialogues to rewards."
+        )
+    known = None if envs is None else getattr(envs.unwrapped, "persona_ids", None)
     points = [
-        (dialogue.persona, turn, opened_by_the_partner(history), dialogue.reward_T[turn])
+        _Point(dialogue, turn, opened_by_the_partner(history))
         for dialogue in _known_dialogues(log, known)
         for turn in range(dialogue.num_turns)
         if (history := dialogue.history(turn)) and history[-1]["role"] == "user"
@@ -167,20 +181,31 @@ def evaluate_steps(
     if not points:
         raise ValueError("There is no logged turn to go on from.")
     reward_N, spoke_N = np.full(len(points), np.nan), np.zeros(len(points), dtype=bool)
-    for start in range(0, len(points), envs.num_envs):
-        chunk = points[start : start + envs.num_envs]
-        filled = chunk + [chunk[0]] * (envs.num_envs - len(chunk))
-        options = {"persona": [p[0] for p in filled], "history": [p[2] for p in filled]}
-        observations, _ = envs.reset(seed=seed + start, options=options)
-        speaker = speaker_for(policy, envs.num_envs, seed, start)
-        lines = speaker.reply(observations, np.ones(envs.num_envs, dtype=bool), deterministic)
+    size = _STEPS_AT_ONCE if envs is None else envs.num_envs
+    for start in range(0, len(points), size):
+        chunk = points[start : start + size]
+        filled = chunk + [chunk[0]] * (size - len(chunk))
+        histories: Sequence[Messages] = [point.history for point in filled]
+        if envs is not None:
+            ids = [point.dialogue.persona for point in filled]
+            options = {"persona": ids, "history": histories}
+            histories = envs.reset(seed=seed + start, options=options)[0]
+        speaker = speaker_for(policy, size, seed, start)
+        lines = speaker.reply(histories, np.ones(size, dtype=bool), deterministic)
         said = tuple(line or "..." for line in lines)
-        reward_B = np.where(speaker.spoke_B, envs.step(said)[1], np.nan)
-        reward_N[start : start + len(chunk)] = reward_B[: len(chunk)]
+        if score is not None:
+            about = [point.record(line) for point, line in zip(chunk, said, strict=False)]
+            given = [np.nan if r is None else r for r in checked_scores(score, about)]
+        else:
+            assert envs is not None
+            given = envs.step(said)[1][: len(chunk)]
         spoke_N[start : start + len(chunk)] = speaker.spoke_B[: len(chunk)]
-    names, persona_N = np.unique([p[0] for p in points], return_inverse=True)
-    logged_N = np.where(np.isnan(reward_N), np.nan, [p[3] for p in points])
-    turn_N = np.array([p[1] for p in points])
+        reward_N[start : start + len(chunk)] = given
+    reward_N[~spoke_N] = np.nan
+    names, persona_N = np.unique([point.persona for point in points], return_inverse=True)
+    logged_N = np.array([point.dialogue.reward_T[point.turn] for point in points])
+    logged_N[np.isnan(reward_N)] = np.nan
+    turn_N = np.array([point.turn for point in points])
     by_turn = [reward_N[turn_N == turn] for turn in range(turn_N.max() + 1)]
     means = _group_means(reward_N, persona_N)
     return StepEvaluation(
@@ -190,6 +215,31 @@ def evaluate_steps(
         persona_reward=dict(zip(names.tolist(), means.tolist(), strict=True)),
         num_steps=int(spoke_N.sum()),
     )
+
+
+_STEPS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Where in a logged dialogue the policy goes on."""
+
+    dialogue: LoggedDialogue
+    turn: int
+    history: Messages
+
+    @property
+    def persona(self) -> str:
+        """Whose mean the turn belongs to: the persona's id, or what it was told."""
+        first = self.dialogue.messages[0]
+        told = first["content"] if first["role"] == "system" else ""
+        return self.dialogue.persona or told or str(self.dialogue.group or "")
+
+    def record(self, line: str) -> dict[str, Any]:
+        """Return the dialogue as a record in which the policy's line is the last."""
+        own = {"role": "assistant", "content": line}
+        fields = {"persona": self.dialogue.persona, "domain": self.dialogue.domain}
+        return {**fields, **self.dialogue.extra, "messages": [*self.history, own]}
 
 
 def _known_dialogues(

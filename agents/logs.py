@@ -39,10 +39,11 @@ import sys
 import zlib
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -125,6 +126,10 @@ class LoggedDialogue:
         at = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
         return self.messages[: at[turn]]
 
+    def so_far(self, turn: int) -> Messages:
+        """Return the dialogue up to and with the agent's line number `turn`, from 0."""
+        return self.messages[: len(self.history(turn)) + 1]
+
     def record(self) -> dict[str, Any]:
         """Return the JSON object; what was not known is left out."""
         record: dict[str, Any] = {
@@ -164,8 +169,13 @@ class LogError(ValueError):
     """A log cannot be used; names the file, the line and the field."""
 
 
-def read_log(path: str | Path) -> Iterator[LoggedDialogue]:
+def read_log(path: str | Path, unscored: bool = False) -> Iterator[LoggedDialogue]:
     """Yield the dialogues of a log, one at a time: memory does not grow with the file.
+
+    Args:
+        path: the file.
+        unscored: let dialogues without the field "rewards" pass: nobody has scored them yet, see
+            `score_log`.
 
     Raises:
         LogError: for a malformed line, a truncated file or a log without dialogues; all lines
@@ -179,7 +189,7 @@ def read_log(path: str | Path) -> Iterator[LoggedDialogue]:
                 if number == 1:
                     line = line.removeprefix(BOM_UTF8)
                 if line.strip():
-                    yield _parsed(line, f"{path}, line {number}")
+                    yield _parsed(line, f"{path}, line {number}", unscored)
                     found += 1
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise LogError(
@@ -218,8 +228,56 @@ def write_log(path: str | Path, dialogues: Iterable[LoggedDialogue]) -> int:
     return number
 
 
-def parse_dialogue(record: object) -> LoggedDialogue:
+Score = Callable[[Sequence[Mapping[str, Any]]], Sequence[float | None]]
+"""Records of dialogues that end with a line of the agent -> the reward of that line, None where
+nobody can tell. `ppg_env.rejudge.last_line` makes one of a judge."""
+
+
+def score_log(dialogues: Iterable[LoggedDialogue], score: Score) -> Iterator[LoggedDialogue]:
+    """Yield the dialogues with a reward for every line of the agent, in place of those they had.
+
+    Args:
+        dialogues: one at a time is enough; 64 are held in memory.
+        score: gets each dialogue as it stood after each line of the agent (its "messages" up to
+            there, and its other fields that are known), those of many dialogues in one call.
+
+    Raises:
+        ValueError: `score` returned something else than a reward for each, or one outside [-1, 1].
+    """
+    remaining = iter(dialogues)
+    while chunk := list(islice(remaining, 64)):
+        about = [
+            {"persona": d.persona, "domain": d.domain, **d.extra, "messages": d.so_far(turn)}
+            for d in chunk
+            for turn in range(d.num_turns)
+        ]
+        found = checked_scores(score, about)
+        for dialogue in chunk:
+            own = tuple(next(found) for _ in range(dialogue.num_turns))
+            yield replace(dialogue, rewards=own, reward_parts={}, reasons=None, judge="")
+
+
+def checked_scores(score: Score, records: Sequence[Mapping[str, Any]]) -> Iterator[float | None]:
+    """Return what `score` gives for these records, one each.
+
+    Raises:
+        ValueError: it gave another number of rewards.
+    """
+    found = list(score(records))
+    if len(found) != len(records):
+        raise ValueError(
+            f"score returned {len(found)} rewards for {len(records)} dialogues; it returns one a "
+            "dialogue, None where nobody can tell."
+        )
+    return iter([None if value is None else float(value) for value in found])
+
+
+def parse_dialogue(record: object, unscored: bool = False) -> LoggedDialogue:
     """Return the logged dialogue of one JSON object.
+
+    Args:
+        record: the object.
+        unscored: let it pass without the field "rewards": nobody has scored it yet.
 
     Raises:
         ValueError: names the field, its value and what is expected.
@@ -228,16 +286,18 @@ def parse_dialogue(record: object) -> LoggedDialogue:
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
     if "rewards" not in record:
         turns = _own_lines(_messages(record.get("messages")))
+        if unscored:
+            return parse_dialogue({**record, "rewards": [None] * turns})
         raise ValueError(
             "field 'rewards' is missing: one number in [-1, 1] or null for each of the agent's "
-            f"{turns} lines; a judge can write them (ppg rejudge)"
+            f"{turns} lines; let a judge write them (ppg rejudge, agents.logs.score_log)"
         )
     known = {name: value for name in _FIELDS if (value := record.get(name)) is not None}
     rest = {name: value for name, value in record.items() if name not in _FIELDS}
     return LoggedDialogue(**{"messages": None, "rewards": None, **known, "extra": rest})
 
 
-def _parsed(line: bytes, where: str) -> LoggedDialogue:
+def _parsed(line: bytes, where: str, unscored: bool) -> LoggedDialogue:
     # Only the last line can lack its end.
     cut = "" if line.endswith(b"\n") else "; the file ends within this line, it may be truncated"
     try:
@@ -256,7 +316,7 @@ def _parsed(line: bytes, where: str) -> LoggedDialogue:
         most = sys.get_int_max_str_digits()
         raise LogError(f"{where}: a whole number of more than {most} digits.") from error
     try:
-        return parse_dialogue(record)
+        return parse_dialogue(record, unscored)
     except ValueError as error:
         raise LogError(f"{where}, {error}.") from error
 
@@ -273,14 +333,14 @@ def _one_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _one_line(dialogue: LoggedDialogue, number: int) -> bytes:
-    field = ""
+    name = ""
     try:
-        for field, value in dialogue.extra.items():  # all others are checked
+        for name, value in dialogue.extra.items():  # all others are checked  # noqa: B007
             json.dumps(value, allow_nan=False)
         text = json.dumps(dialogue.record(), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise LogError(
-            f"Dialogue {number} cannot be written: field {field!r} is nothing that JSON knows "
+            f"Dialogue {number} cannot be written: field {name!r} is nothing that JSON knows "
             f"({error})."
         ) from error
     # What UTF-8 cannot encode are lone surrogates, and their Python escape is the JSON one.
@@ -538,6 +598,12 @@ def refuse_leaks(train: Iterable[LoggedDialogue], test: Iterable[LoggedDialogue]
                     f"Training and test data share {name}; split by persona "
                     "(agents.logs.split_by_persona), never by line."
                 )
+
+
+def is_alone(dialogue: LoggedDialogue) -> bool:
+    """Return whether nothing tells who the agent played: a split takes it for somebody else."""
+    known = dialogue.persona or dialogue.dialogue or dialogue.group is not None
+    return not known and dialogue.messages[0]["role"] != "system"
 
 
 _TOLD, _TOLD_TOO = "told ", "told too "

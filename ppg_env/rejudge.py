@@ -6,7 +6,7 @@ for record, verdicts in rejudge(read_transcripts("runs/train"), judge, "therapy"
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -35,9 +35,9 @@ def rejudge(
     Args:
         records: dialogues as trainers write them (agents.runs.read_transcripts).
         judge: who scores now.
-        domain: what the dialogues were played in.
+        domain: what the dialogues are of.
         personas: where to look up the records' personas; one that is not there is made from the
-            system message and has a text, but no facts.
+            system message, where there is one, and has a text, but no facts.
 
     Raises:
         ValueError: names the record whose messages are no dialogue.
@@ -60,12 +60,14 @@ def _prefixes(
     messages = record.get("messages")
     if not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"The record of persona {name!r} has no messages.")
+    if messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
     roles = [message["role"] for message in messages]
     expected = ["system"] + ["user", "assistant"] * (len(messages) // 2)
     if roles != expected[: len(roles)]:
         raise ValueError(
-            f"The record of persona {name!r} is no dialogue: its messages have the roles "
-            f"{roles[:6]}, not system, user, assistant, user, ..."
+            f"The record of persona {name!r} is no dialogue that can be judged: its messages have "
+            f"the roles {roles[:6]}, not system, user, assistant, user, ..."
         )
     system = messages[0]["content"]
     persona = known.get(name)
@@ -78,6 +80,27 @@ def _prefixes(
     return [
         Transcript(persona, system, turns[: t + 1], None, len(turns)) for t in range(len(turns))
     ]
+
+
+def last_line(
+    judge: Judge, domain: str | Domain, personas: Sequence[Persona] = ()
+) -> Callable[[Sequence[Mapping[str, Any]]], list[float | None]]:
+    """Return a function from records to the judge's reward of the last line of each.
+
+    `agents.logs.score_log` and `agents.evaluate_steps` take it as `score`.
+
+    Args:
+        judge: who scores.
+        domain: what the dialogues are of.
+        personas: as in `rejudge`.
+    """
+    own, known = get_domain(domain), {persona.id: persona for persona in personas}
+
+    def score(records: Sequence[Mapping[str, Any]]) -> list[float | None]:
+        verdicts = judge([_prefixes(record, known, own)[-1] for record in records])
+        return [verdict.reward for verdict in verdicts]
+
+    return score
 
 
 def rescored(record: Mapping[str, Any], verdicts: Sequence[Verdict], judge: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from speakers import honest
-from test_reading import logged, told
+from test_reading import chat_of, logged, told
 from tiny_models import tiny_policy
 
 import ppg_env
@@ -22,6 +22,8 @@ from agents.policy import Messages
 from agents.rollout import collect_rollouts
 from agents.statistics import bootstrap_mean
 from ppg_env.dialogue import Transcript, Verdict
+from ppg_env.judges import RuleJudge
+from ppg_env.rejudge import last_line
 
 LINES = ["I like tea.", "I have a dog.", "That is a good question.", "No, I never did."]
 
@@ -69,6 +71,54 @@ def test_every_logged_history_is_gone_on_from_exactly_as_it_was() -> None:
     assert found.num_steps == len(histories) == sum(t.num_turns for t in log) == 15
     texts = {p.id: p.text for p in ppg_env.bundled_personas("chatting", "test")}
     assert all(texts[t.persona] in t.history(0)[0]["content"] for t in log)
+
+
+@pytest.mark.parametrize("number", [3, 40])
+def test_without_an_environment_a_judge_scores_the_same_lines_alike(number: int) -> None:
+    log, policies = played(number), (Noted(), Noted())
+    judge = RuleJudge(ppg_env.get_domain("chatting"))
+    score = last_line(judge, "chatting", ppg_env.bundled_personas("chatting"))
+    alone = evaluate_steps(None, policies[0], log, score=score)
+    assert_equal(alone, evaluate_steps(worlds(4), policies[1], log))
+    histories = [t.history(turn) for t in log for turn in range(t.num_turns)]
+    assert policies[0].heard[: len(histories)] == histories
+
+
+def test_a_language_model_is_scored_alike_without_an_environment() -> None:
+    log = played(30)  # 90 turns: more than are spoken at once
+    judge = RuleJudge(ppg_env.get_domain("chatting"))
+    score = last_line(judge, "chatting", ppg_env.bundled_personas("chatting"))
+    policy = tiny_policy(max_new_tokens=6)
+    alone = evaluate_steps(None, policy, log, score=score, seed=5)
+    assert_equal(alone, evaluate_steps(worlds(64), policy, log, seed=5))
+
+
+def test_dialogues_of_nobodys_domain_are_scored_by_a_function() -> None:
+    log = [
+        told(chat_of(["I swim.", "Yes."]), persona="a", ticket=7),
+        told(chat_of(["No.", "Perhaps."], system=False), group=3),
+    ]
+    seen: list[Any] = []
+
+    def score(records: Sequence[Any]) -> list[float | None]:
+        seen.extend(records)
+        return [None if "No." in str(r["messages"]) else len(r["messages"]) / 10 for r in records]
+
+    found = evaluate_steps(None, ScriptedPolicy(["Hm."]), log, score=score)
+    assert [r["messages"][-1] for r in seen] == [{"role": "assistant", "content": "Hm."}] * 4
+    assert [r["messages"][:-1] for r in seen] == [d.history(t) for d in log for t in (0, 1)]
+    assert [r["persona"] for r in seen] == ["a", "a", "", ""] and seen[0]["ticket"] == 7
+    assert found.persona_reward == pytest.approx({"a": 0.4, "3": 0.2})
+    assert found.num_steps == 4
+
+
+@pytest.mark.parametrize("case", ["neither", "both", "too few"])
+def test_who_scores_must_be_clear(case: str) -> None:
+    envs = worlds(2) if case == "both" else None
+    score = None if case == "neither" else (lambda records: [1.0] * (len(records) - 1))
+    message = "returned 8 rewards for 9" if case == "too few" else "Who scores the lines"
+    with pytest.raises(ValueError, match=message):
+        evaluate_steps(envs, ScriptedPolicy(["Hm."]), played(3), score=score)
 
 
 def test_the_system_message_is_the_environments_whatever_the_log_has() -> None:

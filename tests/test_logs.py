@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_reading import chat_of
 from tiny_models import tiny_policy
 from tiny_worlds import EchoDialogues
 
@@ -36,6 +37,7 @@ from agents.logs import (
     parse_dialogue,
     read_log,
     refuse_leaks,
+    score_log,
     split_by_persona,
     split_log,
     to_dataset,
@@ -768,6 +770,61 @@ def test_a_field_that_json_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(LogError, match=r"Dialogue 2 cannot be written: field 'score' is nothing"):
         write_log(tmp_path / "x.jsonl", [short("p"), short("q", score=math.nan)])
     assert not list(tmp_path.iterdir())
+
+
+def unscored(path: Path) -> Path:
+    records = [short(f"p{i}").record() for i in range(3)]
+    for record in records:
+        del record["rewards"]
+    return write(path, *records)
+
+
+def test_dialogues_that_nobody_scored_are_read_if_asked_for(tmp_path: Path) -> None:
+    path = unscored(tmp_path / "log.jsonl")
+    assert [t.rewards for t in read_log(path, unscored=True)] == [(None,)] * 3
+    with pytest.raises(LogError, match=r"'rewards' is missing.*score_log"):
+        list(read_log(path))
+    (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(LogError, match="field 'messages'"):
+        list(read_log(tmp_path / "bad.jsonl", unscored=True))
+
+
+def test_a_function_scores_every_line_as_the_dialogue_stood() -> None:
+    chats = [chat_of([f"I am {i}.", "No.", "Bye."][: 1 + i % 3]) for i in range(100)]
+    records = [{"messages": c, "persona": f"p{i}", "ticket": i} for i, c in enumerate(chats)]
+    log = [parse_dialogue(record, unscored=True) for record in records]
+    calls: list[int] = []
+
+    def score(records: Any) -> list[float | None]:
+        calls.append(len(records))
+        return [None if r["ticket"] == 5 else len(r["messages"]) / 10 for r in records]
+
+    found = list(score_log(iter(log), score))
+    assert [t.persona for t in found] == [t.persona for t in log]
+    assert [t.rewards for t in found[:6]] == [
+        *[(0.3,), (0.3, 0.5), (0.3, 0.5, 0.7), (0.3,), (0.3, 0.5)],
+        (None, None, None),
+    ]
+    assert len(calls) == 2 and sum(calls) == sum(t.num_turns for t in log)
+    with pytest.raises(ValueError, match=r"field 'rewards\[0\]': .*got 3\.0"):
+        list(score_log(log, lambda records: [3.0] * len(records)))
+    with pytest.raises(ValueError, match="returned 1 rewards for"):
+        list(score_log(log, lambda _: [1.0]))
+
+
+def test_a_split_says_who_it_knows_nothing_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = [chat_of([f"I am {i}.", "No."], system=i % 2 == 0) for i in range(6)]
+    for i, chat in enumerate(chats):
+        chat[0]["content"] += str(i)
+    log = [parse_dialogue({"messages": chat}, unscored=True) for chat in chats]
+    write_log(tmp_path / "log.jsonl", log)
+    outs = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
+    arguments = ["ppg", "split", str(tmp_path / "log.jsonl"), "--train", outs[0], "--test", outs[1]]
+    monkeypatch.setattr(sys, "argv", arguments)
+    cli.main()
+    assert "3 of them tell neither persona nor system message" in capsys.readouterr().out
 
 
 def test_the_share_is_met_where_personas_are_many() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from tiny_models import tiny_model, tiny_policy, tiny_tokenizer
 import ppg_env
 from agents import cli
 from agents.lm_policy import LMPolicy
+from agents.logs import parse_dialogue, read_log, write_log
 from agents.policy import ScriptedPolicy
 from agents.rollout import collect_rollouts
 from agents.runs import RunFolder, read_metrics, read_records, read_transcripts
@@ -214,6 +216,59 @@ def test_rejudge_writes_beside_the_old_rewards(
     mean = np.mean([record["rewards"] for record in old])
     shown = capsys.readouterr().out
     assert shown.count(f"{mean:.3f}") == 2 and "│ 4 " in shown
+
+
+def test_a_log_that_nobody_scored_becomes_one_that_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = played("therapy")
+    bare = [{"messages": r["messages"], "persona": r["persona"], "ticket": 3} for r in records]
+    log, out = tmp_path / "own log.jsonl.gz", tmp_path / "scored.jsonl"
+    write_log(log, [parse_dialogue(record, unscored=True) for record in bare])
+    with gzip.open(log, "rt") as lines:
+        assert json.loads(next(lines))["rewards"] == [None] * 4
+    judged = ("rejudge", log, "--judge", "rules", "--domain", "therapy", "--out")
+    ppg(monkeypatch, *judged, out)
+    found = list(read_log(out))
+    assert [list(d.rewards) for d in found] == [r["rewards"] for r in records]
+    assert {(d.judge, d.extra["ticket"]) for d in found} == {("rules", 3)}
+    assert f"{len(records)} dialogues, mean reward" in capsys.readouterr().out
+    for wrong, message in (
+        (("rejudge", log, "--judge", "rules"), "name the log to write, --out"),
+        (("rejudge", log, "--judge", "rules", "--out", out), "name no domain.*module:NAME"),
+        ((*judged, log), "is the log itself"),
+        ((*judged[:4], "--domain", "nowhere:X", "--out", out), "There is no domain nowhere:X"),
+        ((*judged[:4], "--domain", "own_domain:GUESTS", "--out", out), "Unknown domain"),
+    ):
+        with pytest.raises(SystemExit):
+            ppg(monkeypatch, *wrong)
+        assert re.search(message, " ".join("".join(capsys.readouterr()).split())), message
+    ppg(monkeypatch, *judged[:4], "--domain", "own_domain:CAFE", "--out", out)
+    assert [d.rewards for d in read_log(out)] != [d.rewards for d in found]
+
+
+def test_a_run_without_rewards_is_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = played("therapy")
+    bare = [{k: r[k] for k in ("messages", "persona")} for r in records]
+    RunFolder(tmp_path / "run", {"domain": "therapy"}).write_transcripts(bare)
+    ppg(monkeypatch, "rejudge", tmp_path / "run", "--judge", "rules")
+    again = list(read_records(tmp_path / "run" / "rejudged" / "rules.jsonl"))
+    assert [r["rewards"] for r in again] == [r["rewards"] for r in records]
+    assert f"{np.mean([r['rewards'] for r in records]):.3f}" in capsys.readouterr().out
+
+
+def test_single_turns_of_an_agent_are_measured_on_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = played("therapy", 2)
+    write_log(tmp_path / "log.jsonl", map(parse_dialogue, records))
+    tiny_policy().save(tmp_path / "model")
+    ppg(monkeypatch, "evaluate", "--agent", tmp_path / "model", "--log", tmp_path / "log.jsonl")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "in 8 logged turns" in shown
+    assert f"the logged lines there │ {np.mean([r['rewards'] for r in records]):.3f}" in shown
 
 
 def test_calibrate_compares_two_judges_by_domain(
