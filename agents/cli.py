@@ -44,9 +44,8 @@ _BREAKDOWNS = (
     ppg_env.ChatError,
     ppg_env.UnparsableJudgeError,
 )
-console = (
-    Console(emoji=False) if sys.stdout.isatty() else Console(width=170, emoji=False)
-)  # no emoji: ":x:" in a text is no picture
+# No emoji: ":x:" in a text is no picture.
+console = Console(width=None if sys.stdout.isatty() else 170, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -729,7 +728,9 @@ def _own_domain(text: str) -> ppg_env.Domain:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"There is no domain {text}: {error}.") from error
-    return ppg_env.get_domain(found)
+    if not isinstance(found, ppg_env.Domain):
+        raise ValueError(f"{text} is a {type(found).__name__}, not a Domain.")
+    return found
 
 
 def _personas_of(domain: ppg_env.Domain, file: str | None = None) -> list[ppg_env.Persona]:
