@@ -31,7 +31,18 @@ if TYPE_CHECKING:
     from .evaluate import Evaluation, evaluate_policy, evaluate_steps
     from .lm_policy import LMPolicy
     from .loading import load_policy
-    from .logs import LoggedDialogue, parse_dialogue, read_log, split_by_persona, write_log
+    from .logs import (
+        LoggedDialogue,
+        decompose,
+        from_dataset,
+        join_lines,
+        parse_dialogue,
+        read_log,
+        score_log,
+        split_by_persona,
+        to_dataset,
+        write_log,
+    )
     from .ppg import FullPlanningAgent, GreedyAgent, KStepAgent, PPGAgent, SegmentAgent
     from .ppo import PPOAgent
     from .rollout import RolloutBatch, collect_rollouts
@@ -48,12 +59,17 @@ _LATE = {
     "RolloutBatch": "rollout",
     "SegmentAgent": "ppg",
     "collect_rollouts": "rollout",
+    "decompose": "logs",
     "evaluate_policy": "evaluate",
     "evaluate_steps": "evaluate",
+    "from_dataset": "logs",
+    "join_lines": "logs",
     "load_policy": "loading",
     "parse_dialogue": "logs",
     "read_log": "logs",
+    "score_log": "logs",
     "split_by_persona": "logs",
+    "to_dataset": "logs",
     "write_log": "logs",
 }
 
@@ -82,16 +98,21 @@ __all__ = [
     "advantages",
     "collect_rollouts",
     "credit_weights",
+    "decompose",
     "evaluate_policy",
     "evaluate_steps",
+    "from_dataset",
     "generalized_advantages",
+    "join_lines",
     "leave_one_out",
     "load_policy",
     "parse_credit",
     "parse_dialogue",
     "partial_returns",
     "read_log",
+    "score_log",
     "split_by_persona",
+    "to_dataset",
     "write_log",
 ]
 

@@ -145,6 +145,11 @@ def group_numbers(batch: Sequence[LoggedDialogue]) -> np.ndarray:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
 
 
+def num_alone(batch: Sequence[LoggedDialogue]) -> int:
+    """Return how many dialogues of a batch have no other of their group beside them."""
+    return int((np.bincount(group_numbers(batch), minlength=1) == 1).sum())
+
+
 def _taken(held: list[list[LoggedDialogue]], rng: np.random.Generator) -> list[LoggedDialogue]:
     i = int(rng.integers(len(held)))
     held[i], held[-1] = held[-1], held[i]

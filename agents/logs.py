@@ -165,6 +165,20 @@ def opened_by_the_partner(messages: Messages) -> Messages:
     return [*messages[:first], opening, *messages[first:]]
 
 
+def join_lines(messages: Sequence[Mapping[str, str]]) -> Messages:
+    """Return chat messages in which lines of one role in a row are one, joined by line breaks.
+
+    A log wants partner and agent to take turns; people often write twice before they get an answer.
+    """
+    joined: list[dict[str, str]] = []
+    for message in messages:
+        if joined and joined[-1]["role"] == message["role"]:
+            joined[-1]["content"] += f"\n{message['content']}"
+        else:
+            joined.append(dict(message))
+    return joined
+
+
 class LogError(ValueError):
     """A log cannot be used; names the file, the line and the field."""
 
@@ -284,6 +298,11 @@ def parse_dialogue(record: object, unscored: bool = False) -> LoggedDialogue:
     """
     if not isinstance(record, Mapping):
         raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    if "messages" not in record:
+        raise ValueError(
+            "field 'messages' is missing: a list of chat messages; there are "
+            f"{', '.join(map(repr, list(record)[:8])) or 'no fields'}"
+        )
     if "rewards" not in record:
         turns = _own_lines(_messages(record.get("messages")))
         if unscored:
@@ -370,7 +389,7 @@ def _messages(given: object) -> Messages:
         if i > 0 and role == given[i - 1]["role"]:
             raise ValueError(
                 f"field 'messages[{i}].role': two lines of {role!r} in a row; partner (user) and "
-                "agent (assistant) take turns"
+                "agent (assistant) take turns (agents.logs.join_lines makes one of them)"
             )
     if not _own_lines(given):
         raise ValueError("field 'messages': the agent (role 'assistant') says nothing")
@@ -736,7 +755,10 @@ def from_dataset(dataset: Any) -> Iterator[LoggedDialogue]:
 
     Raises:
         LogError: names row and field; all rows before it have been yielded.
+        TypeError: a DatasetDict, which holds several.
     """
+    if isinstance(dataset, Mapping):
+        raise TypeError(f"Give one dataset of {', '.join(map(repr, dataset))}, not all of them.")
     for number, row in enumerate(dataset):
         try:
             yield parse_dialogue(_record_of(row))

@@ -32,7 +32,7 @@ from accelerate.utils import gather_object
 from gymnasium.vector import SyncVectorEnv
 from tqdm.auto import tqdm
 
-from .batching import Log, LogReader, batches, group_numbers, shuffled, units
+from .batching import Log, LogReader, batches, group_numbers, num_alone, shuffled, units
 from .credit import Credit, Segment, credit_weights
 from .lm_policy import LMPolicy, Reference
 from .logs import LogError, LoggedDialogue, refuse_leaks
@@ -173,6 +173,7 @@ class LearnsOffline(ABC):
         if patience is not None and watch is not None:
             best = self._better(None, watch.loss_before, epoch=0)
         done, weighed, self._collapse_warned = 0, False, False
+        alone = total = 0  # dialogues without another of their group in their step
         shown = progress_bar and self.processes.is_main_process
         with tqdm(total=plan.num_steps, unit="step", disable=not shown) as bar:
             for epoch, ends, batch in plan.steps(self.seed):
@@ -180,6 +181,7 @@ class LearnsOffline(ABC):
                 weight_BT = plan.weights.of(batch)
                 read, tape = self._offline_step(batch, weight_BT, plan.settings, epoch)
                 done, weighed = done + 1, weighed or bool(weight_BT.any())
+                alone, total = alone + num_alone(batch), total + len(batch)
                 if ends and not weighed:
                     raise LogError(_why_nothing_is_learned(plan))
                 if ends and watch is not None:
@@ -199,6 +201,8 @@ class LearnsOffline(ABC):
             self._go_back(best)
             _warn_if_best_at_the_start(best, done)
         self._warn_of_dropped_turns(done)
+        if plan.settings.keeps_groups:
+            _warn_of_lone_dialogues(alone / max(1, total), plan.settings)
         self._warn_if_all_skipped(self.optimization.num_skipped - skipped_before, done)
         return self
 
@@ -273,6 +277,13 @@ class LearnsOffline(ABC):
             world = world.envs[0].unwrapped
         phases, turns = getattr(world, "phase_boundaries", None), getattr(world, "max_turns", None)
         follows = isinstance(self.credit, Segment) and self.credit.name == "segment"
+        if follows and phases is None:
+            raise ValueError(
+                "Segment() follows the phases of an environment's dialogues, and this agent has no "
+                "environment with phases. Take segments of N turns, segment:N, say where they "
+                "begin, segment:0,3,6, or give the agent one of the log's domain with "
+                f"max_turns={num_turns}."
+            )
         if follows and phases is not None and turns not in (None, num_turns):
             raise ValueError(
                 f"Segment() follows the phases of the environment's dialogues, of {turns} turns, "
@@ -518,6 +529,19 @@ class LearnsOffline(ABC):
                 "look at the rewards.",
                 stacklevel=3,
             )
+
+
+def _warn_of_lone_dialogues(share: float, settings: OfflineSettings) -> None:
+    if share > 0.05:
+        effect = "learned nothing from them"
+        if settings.baseline == "leave_one_out":
+            effect = "compared them with dialogues of other groups"
+        warnings.warn(
+            f"{share:.0%} of the dialogues had no other of their group in their gradient step, and "
+            f"baseline={settings.baseline!r} {effect}. Let groups follow each other in the log and "
+            f"divide batch_size={settings.batch_size}, or take 'log_mean'.",
+            stacklevel=3,
+        )
 
 
 def _warn_if_best_at_the_start(best: _Best, steps: int) -> None:

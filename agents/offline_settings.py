@@ -32,7 +32,9 @@ class OfflineSettings:
     baseline: OfflineBaseline = "none"
     """Subtracted from partial returns: "none", "log_mean" (of each turn, over the log), or over the
     gradient step "batch_mean", "leave_one_out", "group_mean". With the last two, dialogues of a
-    group that follow each other in the log stay together; let groups divide batch_size."""
+    group that follow each other in the log stay together; let groups divide batch_size. One that is
+    alone in its step has no weight by "group_mean", and is compared with other groups by
+    "leave_one_out"."""
     min_weight: float | None = 0.0
     """Smaller weights are raised to it; None, or a number below 0, leaves negative ones, which need
     an anchor."""

@@ -34,6 +34,7 @@ from agents.logs import (
     _rows,
     decompose,
     from_dataset,
+    join_lines,
     parse_dialogue,
     read_log,
     refuse_leaks,
@@ -208,7 +209,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"rewards": ["1", 0]}, r"field 'rewards\[0\]': .*, got '1'"),
     ({"rewards": [[1], 0]}, r"field 'rewards\[0\]': .*, got \[1\]"),
     # messages
-    ({"messages": ...}, "field 'messages': expected a list of chat messages, got None"),
+    ({"messages": ...}, "field 'messages' is missing: .*; there are 'rewards'"),
+    ({"messages": None}, "field 'messages': expected a list of chat messages, got None"),
     ({"messages": []}, r"field 'messages': expected a list of chat messages, got \[\]"),
     ({"messages": "Hi."}, "field 'messages': expected a list"),
     ({"messages": {"role": "user"}}, "field 'messages': expected a list"),
@@ -770,6 +772,35 @@ def test_a_field_that_json_does_not_know_is_named(tmp_path: Path) -> None:
     with pytest.raises(LogError, match=r"Dialogue 2 cannot be written: field 'score' is nothing"):
         write_log(tmp_path / "x.jsonl", [short("p"), short("q", score=math.nan)])
     assert not list(tmp_path.iterdir())
+
+
+def test_lines_in_a_row_become_one_and_nothing_else_changes() -> None:
+    chat = [
+        ("system", "Be."),
+        ("user", "Hi."),
+        ("user", "You?"),
+        ("assistant", "Yes."),
+        ("user", ""),
+    ]
+    chat += [("user", "So.\n"), ("user", "Well.")]
+    messages = [{"role": role, "content": text} for role, text in chat]
+    before = json.dumps(messages)
+    with pytest.raises(ValueError, match=r"messages\[2\].*join_lines"):
+        parse_dialogue({"messages": messages}, unscored=True)
+    joined = parse_dialogue({"messages": join_lines(messages)}, unscored=True)
+    assert [(m["role"], m["content"]) for m in joined.messages] == [
+        ("system", "Be."),
+        ("user", "Hi.\nYou?"),
+        ("assistant", "Yes."),
+        ("user", "\nSo.\n\nWell."),
+    ]
+    assert json.dumps(messages) == before
+    assert join_lines(joined.messages) == joined.messages
+
+
+def test_of_a_dataset_dict_one_is_asked_for() -> None:
+    with pytest.raises(TypeError, match="Give one dataset of 'train', 'test'"):
+        list(from_dataset({"train": [], "test": []}))
 
 
 def unscored(path: Path) -> Path:

@@ -881,7 +881,7 @@ def test_credits_that_do_not_cover_the_log_or_its_validation_are_refused_at_once
         agent.learn_offline(small_log(3))
     with pytest.raises(ValueError, match="covers 2 turns but 3 are needed"):
         agent.learn_offline(small_log(2), validation=small_log(1, 8))
-    with pytest.raises(ValueError, match=r"Segment\(\) follows the episode's own phases"):
+    with pytest.raises(ValueError, match=r"no environment with phases.*segment:N"):
         PPGAgent(tiny_policy(), None, "segment").learn_offline(small_log(2))
     assert not agent.history
 
@@ -1295,8 +1295,15 @@ def test_dialogues_of_a_group_that_are_never_in_one_step_teach_nothing_and_that_
     with pytest.raises(LogError, match=r"every turn's weight is 0.*baseline='group_mean'"):
         agent.learn_offline(log, batch_size=2, **settings)
     assert torch.equal(weights_of(agent), start)
-    agent.learn_offline(log, batch_size=3, **settings)
+    with pytest.warns(UserWarning, match=r"33% of the dialogues had no other.*learned nothing"):
+        agent.learn_offline(log, batch_size=3, **settings)
     assert not torch.equal(weights_of(agent), start)
+    with pytest.warns(UserWarning, match="compared them with dialogues of other groups"):
+        agent.learn_offline(log, batch_size=3, baseline="leave_one_out", shuffle=0)
+    pairs = [replace(t, group=i // 2) for i, t in enumerate(small_log(6))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent.learn_offline(pairs, batch_size=4, **settings)
 
 
 def test_steps_that_were_all_skipped_are_no_silent_success() -> None:
