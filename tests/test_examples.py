@@ -8,20 +8,27 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import gymnasium as gym
 import pytest
 from chat_servers import ChatServer, serving
-from tiny_models import tiny_model, tiny_tokenizer
+from test_reading import chat_of
+from tiny_models import tiny_model, tiny_policy, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from agents.logs import parse_dialogue, write_log
+from agents.logs import parse_dialogue, read_log, write_log
+from agents.rollout import collect_rollouts
 from agents.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 README, SB3_PAGE = ROOT / "README.md", ROOT / "docs" / "sb3.md"
+OFFLINE_PAGE = ROOT / "docs" / "offline.md"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
 
 
@@ -170,6 +177,38 @@ def test_python_in_the_pages_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)  # what it writes is thrown away
     exec(compile(block, "page", "exec"), {"__name__": "__main__"})
+
+
+def test_the_page_on_logs_can_be_typed_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks build on each other; the user brings two logs and a model."""
+    monkeypatch.chdir(tmp_path)
+    envs = gym.make_vec("PersonaDialogue-v0", num_envs=10, domain="therapy", max_turns=3)
+    policy, log = tiny_policy(max_new_tokens=6), []
+    for i, record in enumerate(collect_rollouts(envs, policy, seed=0).records()):
+        dialogue = parse_dialogue(record)  # what it babbles earns nothing
+        rewards = (0.1 * i, 0.5, 1 - 0.1 * i)
+        log.append(replace(dialogue, rewards=rewards, token_ids=None, logprobs=None))
+    write_log("log.jsonl", log)
+    lines = ["I like tea.", "No.", "My dog does.", "Good tea.", "Yes."]
+    chats = [
+        {
+            "messages": chat_of([lines[i % 5], lines[(i * 3 + 1) % 5]], system=False),
+            "persona": str(i),
+        }
+        for i in range(40)
+    ]
+    Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    policy.save("my-model")
+    typed: dict[str, Any] = {"__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No epoch had a lower validation loss")
+        for block in python_blocks(OFFLINE_PAGE):
+            exec(compile(block, "page", "exec"), typed)
+    shown = capsys.readouterr().out
+    assert "its lines:" in shown and shown.count("over greedy") == 5
+    assert len(list(read_log("scored.jsonl.gz"))) == 40
 
 
 @pytest.mark.slow
