@@ -184,20 +184,17 @@ def test_the_page_on_logs_can_be_typed_from_top_to_bottom(
 ) -> None:
     """Its blocks build on each other; the user brings two logs and a model."""
     monkeypatch.chdir(tmp_path)
-    envs = gym.make_vec("PersonaDialogue-v0", num_envs=10, domain="therapy", max_turns=3)
+    envs = gym.make_vec("PersonaDialogue-v0", num_envs=24, domain="therapy", max_turns=3)
     policy, log = tiny_policy(max_new_tokens=6), []
     for i, record in enumerate(collect_rollouts(envs, policy, seed=0).records()):
         dialogue = parse_dialogue(record)  # what it babbles earns nothing
-        rewards = (0.1 * i, 0.5, 1 - 0.1 * i)
+        rewards = (i % 3 / 2, i % 4 / 3, i % 5 / 4)
         log.append(replace(dialogue, rewards=rewards, token_ids=None, logprobs=None))
     write_log("log.jsonl", log)
     lines = ["I like tea.", "No.", "My dog does.", "Good tea.", "Yes."]
+    said = [[f"{lines[i % 5]} {i}", f"{lines[i // 5 % 5]} {i}"] for i in range(40)]
     chats = [
-        {
-            "messages": chat_of([lines[i % 5], lines[(i * 3 + 1) % 5]], system=False),
-            "persona": str(i),
-        }
-        for i in range(40)
+        {"messages": chat_of(each, system=False), "persona": f"p{i}"} for i, each in enumerate(said)
     ]
     Path("chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     policy.save("my-model")
