@@ -39,13 +39,13 @@ if TYPE_CHECKING:
         parse_dialogue,
         read_log,
         score_log,
-        split_by_persona,
         to_dataset,
         write_log,
     )
     from .ppg import FullPlanningAgent, GreedyAgent, KStepAgent, PPGAgent, SegmentAgent
     from .ppo import PPOAgent
     from .rollout import RolloutBatch, collect_rollouts
+    from .splits import split_by_persona
 
 _LATE = {
     "Evaluation": "evaluate",
@@ -68,7 +68,7 @@ _LATE = {
     "parse_dialogue": "logs",
     "read_log": "logs",
     "score_log": "logs",
-    "split_by_persona": "logs",
+    "split_by_persona": "splits",
     "to_dataset": "logs",
     "write_log": "logs",
 }

@@ -668,7 +668,8 @@ def import_log(c: ImportConfig) -> None:
 
 def split_a_log(c: SplitConfig) -> None:
     """Write a log as one to learn from and one of other personas."""
-    from .logs import is_alone, read_log, split_log
+    from .logs import read_log
+    from .splits import is_alone, split_log
 
     numbers = split_log(c.log, c.train, c.test, c.test_share, c.seed)
     for path, number in zip((c.train, c.test), numbers, strict=True):

@@ -35,13 +35,14 @@ from tqdm.auto import tqdm
 from .batching import Log, LogReader, batches, group_numbers, num_alone, shuffled, units
 from .credit import Credit, Segment, credit_weights
 from .lm_policy import LMPolicy, Reference
-from .logs import LogError, LoggedDialogue, refuse_leaks
+from .logs import LogError, LoggedDialogue
 from .losses import kl_to_reference, policy_gradient_loss, turn_logprobs
 from .offline_settings import OfflineSettings
 from .optimization import Optimization, Step
 from .reading import read_dialogues, refuse_unreadable, stored_ids
 from .rollout import RolloutBatch
 from .scoring import microbatches
+from .splits import refuse_leaks
 from .tape import Tape
 from .validation import Validation
 from .weighting import Survey, TurnWeights, effective_share, rewards_of, survey

@@ -22,7 +22,8 @@ from test_cli import Terminal
 from tiny_models import tiny_model, tiny_tokenizer
 
 from agents import LMPolicy, LoggedDialogue, PPGAgent, cli
-from agents.logs import parse_dialogue, read_log, refuse_leaks, split_by_persona, write_log
+from agents.logs import parse_dialogue, read_log, write_log
+from agents.splits import refuse_leaks, split_by_persona
 from ppg_env.consistent_dialogues import (
     JUDGE,
     dialogue_records,

@@ -37,16 +37,14 @@ from agents.logs import (
     join_lines,
     parse_dialogue,
     read_log,
-    refuse_leaks,
     score_log,
-    split_by_persona,
-    split_log,
     to_dataset,
     write_log,
 )
 from agents.policy import ScriptedPolicy
 from agents.rollout import collect_rollouts
 from agents.runs import RunFolder, read_transcripts
+from agents.splits import refuse_leaks, split_by_persona, split_log
 from agents.train import TrainConfig, train
 
 SYSTEM = {"role": "system", "content": "You are Ada."}

@@ -64,6 +64,7 @@ FLOORS = {
     "agents/offline_settings": 7,
     "agents/fragments": 7,
     "agents/batching": 8,
+    "agents/splits": 8,
     "agents/weighting": 9,
     "agents/validation": 10,
     "agents/reading": 11,
