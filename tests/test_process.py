@@ -190,23 +190,29 @@ def test_for_full_planning_the_gradient_is_the_slope_of_the_total_reward(domain,
         assert gradient_TSA[index] == pytest.approx((above - below) / (2 * epsilon), abs=1e-8)
 
 
-def enumerated_gradient(process, policy_TSA, weight_TT):
-    """Return sum over all trajectories of P * sum_t grad log pi(a_t|s_t) * sum_u W[t,u] r_u."""
+def listed(process, policy_TSA):
+    """Yield every trajectory: its probability, its (turn, state, act) and its rewards."""
     dynamics, num_turns = process.dynamics, process.num_turns
     index = {state: i for i, state in enumerate(process.states)}
-    gradient_TSA = np.zeros_like(policy_TSA)
     choices = list(itertools.product((True, False), range(len(process.acts))))
     for path in itertools.product(choices, repeat=num_turns):
-        memory, probability, rewards, scores = dynamics.start, 1.0, [], []
+        memory, probability, places, rewards = dynamics.start, 1.0, [], []
         for t, (attentive, a) in enumerate(path):
             s, act = index[memory, attentive], process.acts[a]
             probability *= (1 - process.noise if attentive else process.noise) * policy_TSA[t, s, a]
+            places.append((t, s, a))
             rewards.append(turn_value(dynamics, memory, act, attentive))
-            scores.append((s, np.eye(len(process.acts))[a] - policy_TSA[t, s]))
             memory = dynamics.advance(memory, act)
-        for t, (s, score_A) in enumerate(scores):
-            credited = sum(weight_TT[t, u] * rewards[u] for u in range(num_turns))
-            gradient_TSA[t, s] += probability * credited * score_A
+        yield probability, places, rewards
+
+
+def enumerated_gradient(process, policy_TSA, weight_TT):
+    """Return sum over all trajectories of P * sum_t grad log pi(a_t|s_t) * sum_u W[t,u] r_u."""
+    gradient_TSA = np.zeros_like(policy_TSA)
+    for probability, places, rewards in listed(process, policy_TSA):
+        for t, s, a in places:
+            score_A = np.eye(len(process.acts))[a] - policy_TSA[t, s]
+            gradient_TSA[t, s] += probability * (weight_TT[t] @ rewards) * score_A
     return gradient_TSA
 
 
@@ -243,22 +249,12 @@ def test_rewards_before_the_act_add_nothing_in_expectation():
 
 def enumerated_weights(process, policy_TSA, weight_TT):
     """Return (E[R_t], policy times E[max(0, R_t - E[R_t])] of each turn, state and act)."""
-    dynamics, num_turns = process.dynamics, process.num_turns
-    index = {state: i for i, state in enumerate(process.states)}
-    paths = []
-    choices = list(itertools.product((True, False), range(len(process.acts))))
-    for path in itertools.product(choices, repeat=num_turns):
-        memory, probability, rewards, places = dynamics.start, 1.0, [], []
-        for t, (attentive, a) in enumerate(path):
-            s, act = index[memory, attentive], process.acts[a]
-            probability *= (1 - process.noise if attentive else process.noise) * policy_TSA[t, s, a]
-            rewards.append(turn_value(dynamics, memory, act, attentive))
-            places.append((t, s, a))
-            memory = dynamics.advance(memory, act)
-        paths.append((probability, places, np.triu(weight_TT) @ rewards))
-    mean_T = sum(probability * return_T for probability, _, return_T in paths)
+    trajectories = list(listed(process, policy_TSA))
+    returns = [np.triu(weight_TT) @ rewards for _, _, rewards in trajectories]
+    chances = [probability for probability, _, _ in trajectories]
+    mean_T = np.array(chances) @ returns
     total_TSA = np.zeros_like(policy_TSA)
-    for probability, places, return_T in paths:
+    for (probability, places, _), return_T in zip(trajectories, returns, strict=True):
         for place, above in zip(places, np.maximum(0.0, return_T - mean_T), strict=True):
             total_TSA[place] += probability * above
     return mean_T, total_TSA
