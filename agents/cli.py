@@ -86,7 +86,8 @@ class EvaluateConfig:
     """Folder of a saved agent or model, or "nano"."""
     log: str | None = None
     """A log of dialogues: measure single turns that go on from its histories, not whole dialogues.
-    Only domain, judge, deterministic and seed count then."""
+    Only agent, domain, personas (a file), judge, verdict_cache, deterministic and seed count then.
+    """
     domain: str | None = None
     """Domain of PersonaDialogue-v0, or module:NAME of a Domain of your own; None = the log's own,
     else chatting."""
@@ -378,16 +379,14 @@ def _evaluate_steps(c: EvaluateConfig, log: str) -> None:
 
     from .evaluate import evaluate_steps
     from .loading import load_policy
-    from .logs import read_log
 
-    first = next(read_log(log, unscored=True))
-    domain = _own_domain(c.domain or _named_domain(first.domain, log))
+    domain, dialogues = _log_and_domain(log, c.domain)
     judge = make_judge(c.judge, domain, c.verdict_cache)
     found = evaluate_steps(
         None,
         load_policy(c.agent),
-        read_log(log, unscored=True),
-        score=last_line(judge, domain, _personas_of(domain)),
+        dialogues,
+        score=last_line(judge, domain, _personas_of(domain, c.personas)),
         seed=c.seed,
         deterministic=c.deterministic,
     )
@@ -529,11 +528,16 @@ def limits(c: LimitsConfig) -> None:
 
 def rejudge(c: RejudgeConfig) -> None:
     """Score stored dialogues with another judge; write them beside the old ones, show the means."""
+    if not Path(c.run).exists():
+        raise FileNotFoundError(f"There is no run and no log {c.run}.")
     if Path(c.run).is_file():
         _rejudge_log(c)
         return
     if c.out is not None:
-        raise ValueError(f"out={c.out} is for a log; of a run the dialogues are written into it.")
+        raise ValueError(
+            f"--out {c.out} is for a log; {c.run} is a folder, and what is scored is written "
+            "into it."
+        )
     from ppg_env.rejudge import rescored
 
     from .runs import TRANSCRIPTS, dialogue_folders, read_records, write_rejudged
@@ -568,15 +572,14 @@ def _rejudge_log(c: RejudgeConfig) -> None:
     from ppg_env.rejudge import rescored
     from ppg_env.world import make_judge
 
-    from .logs import parse_dialogue, read_log, write_log
+    from .logs import parse_dialogue, write_log
 
     if c.out is None:
         raise ValueError(f"{c.run} is a log: name the log to write, --out scored.jsonl.")
     if Path(c.out).resolve() == Path(c.run).resolve():
         raise ValueError(f"--out {c.out} is the log itself; name another file.")
-    first = next(read_log(c.run, unscored=True))
-    domain = _own_domain(c.domain or _named_domain(first.domain, c.run))
-    records = (dialogue.record() for dialogue in read_log(c.run, unscored=True))
+    domain, log = _log_and_domain(c.run, c.domain)
+    records = (dialogue.record() for dialogue in log)
     scored = score_again(
         islice(records, c.dialogues),
         make_judge(c.judge, domain, c.verdict_cache),
@@ -620,8 +623,16 @@ def calibrate(c: CalibrateConfig) -> None:
                 ]
             columns.append([label(part) for dialogue in parts for part in dialogue])
         speakers = islice(read_transcripts(folder), c.dialogues)
-        columns.append([record["persona"] for record in speakers for _ in record["rewards"]])
-        lines.setdefault(_domain_of(folder), []).extend(zip(*columns, strict=True))
+        columns.append(
+            [
+                record["persona"]
+                for record in speakers
+                for message in record["messages"]
+                if message["role"] == "assistant"
+            ]
+        )
+        domain = _own_domain(c.domain or _domain_of(folder)).name
+        lines.setdefault(domain, []).extend(zip(*columns, strict=True))
 
     first, second = c.judges
     table = Table(title=f"Agreement of {first} (rows) and {second} (columns)")
@@ -694,8 +705,8 @@ def _rejudged(
     from .runs import read_settings, read_transcripts
 
     domain = _own_domain(c.domain or _domain_of(folder))
-    own = c.personas or read_settings(folder).get("personas", "")
-    personas = _personas_of(domain, str(own))
+    own = str(read_settings(folder).get("personas", ""))
+    personas = _personas_of(domain, c.personas or (own if Path(own).exists() else None))
     records = islice(read_transcripts(folder), c.dialogues)
     yield from score_again(records, make_judge(judge, domain, c.verdict_cache), domain, personas)
 
@@ -720,6 +731,31 @@ def _named_domain(name: str, where: str) -> str:
     )
 
 
+def _log_and_domain(
+    path: str, named: str | None
+) -> tuple[ppg_env.Domain, Iterator[LoggedDialogue]]:
+    """Return what the dialogues of a log are of, and the dialogues, scored or not.
+
+    Raises:
+        ValueError: neither `named` nor the log tells it, or, when it is read, the log mixes two.
+    """
+    from .logs import read_log
+
+    first = next(read_log(path, unscored=True)).domain
+    domain = _own_domain(named or _named_domain(first, path))
+
+    def dialogues() -> Iterator[LoggedDialogue]:
+        for number, dialogue in enumerate(read_log(path, unscored=True), start=1):
+            if dialogue.domain != first:
+                raise ValueError(
+                    f"{path} mixes domains, and the judge is told one: {first!r} in its first "
+                    f"dialogue, {dialogue.domain!r} in number {number}. Write a log of each."
+                )
+            yield dialogue
+
+    return domain, dialogues()
+
+
 def _own_domain(text: str) -> ppg_env.Domain:
     """Return the domain of this name, or that module:NAME holds."""
     module, colon, name = text.partition(":")
@@ -728,7 +764,10 @@ def _own_domain(text: str) -> ppg_env.Domain:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"There is no domain {text}: {error}.") from error
+        raise ValueError(
+            f"There is no domain {text} ({error}). module is a file of yours without .py in this "
+            "folder, or an installed one; NAME a Domain in it."
+        ) from error
     if not isinstance(found, ppg_env.Domain):
         raise ValueError(f"{text} is a {type(found).__name__}, not a Domain.")
     return found
@@ -738,7 +777,7 @@ def _personas_of(domain: ppg_env.Domain, file: str | None = None) -> list[ppg_en
     """Return the bundled personas of a domain, if it is a bundled one, and those of a file."""
     bundled = domain.name in ppg_env.DOMAINS
     personas = list(ppg_env.bundled_personas(domain)) if bundled else []
-    if file and Path(file).suffix and Path(file).exists():
+    if file and Path(file).suffix:  # else the name of a split
         personas += ppg_env.load_personas(file, domain)
     return personas
 

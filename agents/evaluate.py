@@ -173,8 +173,8 @@ def evaluate_steps(
         )
     known = None if envs is None else getattr(envs.unwrapped, "persona_ids", None)
     points = [
-        _Point(dialogue, turn, opened_by_the_partner(history))
-        for dialogue in _known_dialogues(log, known)
+        _Point(number, dialogue, turn, opened_by_the_partner(history))
+        for number, dialogue in enumerate(_known_dialogues(log, known))
         for turn in range(dialogue.num_turns)
         if (history := dialogue.history(turn)) and history[-1]["role"] == "user"
     ]
@@ -193,15 +193,16 @@ def evaluate_steps(
         speaker = speaker_for(policy, size, seed, start)
         lines = speaker.reply(histories, np.ones(size, dtype=bool), deterministic)
         said = tuple(line or "..." for line in lines)
+        spoke_B = speaker.spoke_B[: len(chunk)]
+        rewards = np.full(len(chunk), np.nan)
         if score is not None:
-            about = [point.record(line) for point, line in zip(chunk, said, strict=False)]
-            given = [np.nan if r is None else r for r in checked_scores(score, about)]
-        else:
-            assert envs is not None
-            given = envs.step(said)[1][: len(chunk)]
-        spoke_N[start : start + len(chunk)] = speaker.spoke_B[: len(chunk)]
-        reward_N[start : start + len(chunk)] = given
-    reward_N[~spoke_N] = np.nan
+            about = [chunk[b].record(said[b]) for b in np.flatnonzero(spoke_B)]
+            found = checked_scores(score, about) if about else []
+            rewards[spoke_B] = [np.nan if reward is None else reward for reward in found]
+        elif envs is not None:
+            rewards[spoke_B] = envs.step(said)[1][: len(chunk)][spoke_B]
+        spoke_N[start : start + len(chunk)] = spoke_B
+        reward_N[start : start + len(chunk)] = rewards
     names, persona_N = np.unique([point.persona for point in points], return_inverse=True)
     logged_N = np.array([point.dialogue.reward_T[point.turn] for point in points])
     logged_N[np.isnan(reward_N)] = np.nan
@@ -224,16 +225,18 @@ _STEPS_AT_ONCE = 64
 class _Point:
     """Where in a logged dialogue the policy goes on."""
 
+    number: int
     dialogue: LoggedDialogue
     turn: int
     history: Messages
 
     @property
     def persona(self) -> str:
-        """Whose mean the turn belongs to: the persona's id, or what it was told."""
-        first = self.dialogue.messages[0]
+        """Whose mean the turn belongs to: a persona's id or text, else a group or a dialogue."""
+        first, group = self.dialogue.messages[0], self.dialogue.group
         told = first["content"] if first["role"] == "system" else ""
-        return self.dialogue.persona or told or str(self.dialogue.group or "")
+        alone = f"dialogue {self.number}" if group is None else f"group {group}"
+        return self.dialogue.persona or told or alone
 
     def record(self, line: str) -> dict[str, Any]:
         """Return the dialogue as a record in which the policy's line is the last."""

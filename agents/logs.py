@@ -251,11 +251,12 @@ def score_log(dialogues: Iterable[LoggedDialogue], score: Score) -> Iterator[Log
 
     Args:
         dialogues: one at a time is enough; 64 are held in memory.
-        score: gets each dialogue as it stood after each line of the agent (its "messages" up to
-            there, and its other fields that are known), those of many dialogues in one call.
+        score: gets each dialogue as it stood after each line of the agent: "messages" up to there,
+            "persona", "domain" and the log's own further fields; those of many dialogues in one
+            call.
 
     Raises:
-        ValueError: `score` returned something else than a reward for each, or one outside [-1, 1].
+        ValueError: `score` returned something else than a reward in [-1, 1] or None for each.
     """
     remaining = iter(dialogues)
     while chunk := list(islice(remaining, 64)):
@@ -274,14 +275,19 @@ def checked_scores(score: Score, records: Sequence[Mapping[str, Any]]) -> Iterat
     """Return what `score` gives for these records, one each.
 
     Raises:
-        ValueError: it gave another number of rewards.
+        ValueError: it gave another number of rewards, or what is none.
     """
-    found = list(score(records))
+    given = score(records)
+    found = list(given) if isinstance(given, Iterable) else [given]
+    wanted = "a reward in [-1, 1] for each dialogue, None where nobody can tell"
     if len(found) != len(records):
         raise ValueError(
-            f"score returned {len(found)} rewards for {len(records)} dialogues; it returns one a "
-            "dialogue, None where nobody can tell."
+            f"score returned {len(found)} values for {len(records)} dialogues; it returns {wanted}."
         )
+    for value in found:
+        number = isinstance(value, int | float | np.number) and -1.0 <= value <= 1.0
+        if value is not None and not number:
+            raise ValueError(f"score returned {value!r:.80}; it returns {wanted}.")
     return iter([None if value is None else float(value) for value in found])
 
 

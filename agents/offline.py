@@ -173,20 +173,23 @@ class LearnsOffline(ABC):
         best: _Best | None = None
         if patience is not None and watch is not None:
             best = self._better(None, watch.loss_before, epoch=0)
-        done, weighed, self._collapse_warned = 0, False, False
+        done, weighed, measured, self._collapse_warned = 0, False, False, False
         alone = total = 0  # dialogues without another of their group in their step
         shown = progress_bar and self.processes.is_main_process
         with tqdm(total=plan.num_steps, unit="step", disable=not shown) as bar:
             for epoch, ends, batch in plan.steps(self.seed):
                 self._set_learning_rate(1.0 - done / plan.num_steps)
                 weight_BT = plan.weights.of(batch)
-                read, tape = self._offline_step(batch, weight_BT, plan.settings, epoch)
-                done, weighed = done + 1, weighed or bool(weight_BT.any())
+                read, tape, carries_weight = self._offline_step(
+                    batch, weight_BT, plan.settings, epoch
+                )
+                done, weighed = done + 1, weighed or carries_weight
                 alone, total = alone + num_alone(batch), total + len(batch)
                 if ends and not weighed:
                     raise LogError(_why_nothing_is_learned(plan))
                 if ends and watch is not None:
                     self.log.update(watch.measure())
+                    measured = True
                     if patience is not None:
                         best = self._better(best, self.log["offline/validation_loss"], epoch)
                         self.log["offline/best_epoch"] = best.epoch
@@ -198,13 +201,15 @@ class LearnsOffline(ABC):
                     break
                 if self._skips_in_a_row >= self.settings["max_skips"]:
                     self._stop_if_diverged(_as_rollouts(read, tape, plan.num_turns))
-        if best is not None:
+        skipped = self.optimization.num_skipped - skipped_before
+        if best is not None and measured:
             self._go_back(best)
-            _warn_if_best_at_the_start(best, done)
+            if best.epoch == 0 and skipped < done:
+                _warn_of_no_better_epoch(best)
         self._warn_of_dropped_turns(done)
         if plan.settings.keeps_groups:
             _warn_of_lone_dialogues(alone / max(1, total), plan.settings)
-        self._warn_if_all_skipped(self.optimization.num_skipped - skipped_before, done)
+        self._warn_if_all_skipped(skipped, done)
         return self
 
     def offline_loss(self, log: Log, **settings: Any) -> float:
@@ -285,7 +290,7 @@ class LearnsOffline(ABC):
                 "begin, segment:0,3,6, or give the agent one of the log's domain with "
                 f"max_turns={num_turns}."
             )
-        if follows and phases is not None and turns not in (None, num_turns):
+        if follows and turns not in (None, num_turns):
             raise ValueError(
                 f"Segment() follows the phases of the environment's dialogues, of {turns} turns, "
                 f"and the longest logged one has {num_turns}: make the environment with "
@@ -331,8 +336,13 @@ class LearnsOffline(ABC):
         weight_BT: np.ndarray,
         settings: OfflineSettings,
         epoch: int,
-    ) -> tuple[list[LoggedDialogue], Tape]:
-        """Take one gradient step along these dialogues; return the share that was read here."""
+    ) -> tuple[list[LoggedDialogue], Tape, bool]:
+        """Take one gradient step along these dialogues.
+
+        Returns:
+            (the share that was read here, it as a tape, whether a turn that anybody read has a
+            weight).
+        """
         started = time.perf_counter()
         share = range(self.processes.process_index, len(batch), self.processes.num_processes)
         # Sharded, all have to read something: without a share of its own one reads for nothing.
@@ -368,7 +378,7 @@ class LearnsOffline(ABC):
             log_ratios = gather_object(log_ratios)
         # Where nothing pulls, the optimizer would go on by its momentum.
         anchored = self._reference is not None or settings.sft_coef > 0.0
-        pulled = sums["turns"] and (anchored or weight_BT.any())
+        pulled = sums["turns"] and (anchored or sums["weight"])
         step = self.optimization.step() if pulled else Step(0.0, skipped=False)
         self._skips_in_a_row = self._skips_in_a_row + 1 if step.skipped else 0
 
@@ -398,7 +408,7 @@ class LearnsOffline(ABC):
             self.log["offline/ess_clipped"] = effective_share(clipped)
             self._warn_of_collapse(self.log["offline/ess"], settings)
         self.history.append(self.log)
-        return read, tape
+        return read, tape, sums["weight"] > 0.0
 
     def _offline_rows(
         self,
@@ -417,6 +427,7 @@ class LearnsOffline(ABC):
         num_turns, log_ratios = weight_sT.shape[1], list[float]()
         spoken_sT = _spoken(turn_sL, num_turns)
         sums = {"tokens": float(tape.length_S[rows].sum()), "turns": float(spoken_sT.sum())}
+        sums["weight"] = float(weight_sT[spoken_sT].abs().sum())
         if settings.importance:
             change_sL = torch.where(spoken_sL, logprob_sL.detach() - old_sL, 0.0)
             log_ratio_sT = turn_logprobs(change_sL, turn_sL, num_turns)
@@ -545,14 +556,13 @@ def _warn_of_lone_dialogues(share: float, settings: OfflineSettings) -> None:
         )
 
 
-def _warn_if_best_at_the_start(best: _Best, steps: int) -> None:
-    if steps and best.epoch == 0:
-        warnings.warn(
-            "No epoch had a lower validation loss than the agent had before it learned "
-            f"({best.loss:.4g}), and it is what it was. Lower learning_rate, take more dialogues, "
-            "or look whether both logs were scored alike.",
-            stacklevel=3,
-        )
+def _warn_of_no_better_epoch(best: _Best) -> None:
+    warnings.warn(
+        "No epoch had a lower validation loss than the agent had before it learned "
+        f"({best.loss:.4g}), and it is what it was. Lower learning_rate, take more dialogues, or "
+        "look whether both logs were scored alike.",
+        stacklevel=3,
+    )
 
 
 def _why_nothing_is_learned(plan: _Plan) -> str:

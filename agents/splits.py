@@ -75,14 +75,12 @@ def _test_side(dialogues: Iterable[LoggedDialogue], test_share: float, seed: int
     if not 0 < test_share < 1:
         raise ValueError(f"test_share lies between 0 and 1, got {test_share}.")
     marks = [_marks(dialogue) for dialogue in dialogues]
-    nameless = {mark for each in marks for mark in each if mark.startswith(_TOLD)}
+    nameless = {mark for each in marks for mark in each if mark.startswith(_NAMELESS)}
     for own in marks:
-        for mark, name in list(own.items()):
-            told = mark.replace(_TOLD_TOO, _TOLD)
-            if mark.startswith(_TOLD_TOO) and told in nameless:
-                own[told] = name
-            if mark.startswith(_TOLD_TOO):
-                del own[mark]
+        for mark in [mark for mark in own if mark.startswith(_NAMED)]:
+            name, twin = own.pop(mark), _NAMELESS + mark.removeprefix(_NAMED)
+            if twin in nameless:
+                own[twin] = name
     clusters = _clusters(marks)
     sizes = Counter(clusters)
     if len(sizes) < 2:
@@ -108,10 +106,11 @@ def refuse_leaks(train: Iterable[LoggedDialogue], test: Iterable[LoggedDialogue]
     seen = {mark for dialogue in train for mark in _marks(dialogue)}
     for dialogue in test:
         for mark, name in _marks(dialogue).items():
-            if mark.startswith(_TOLD_TOO):  # personas with ids may all be told the same
-                shared = mark.replace(_TOLD_TOO, _TOLD) in seen
-            else:
-                shared = mark in seen or mark.replace(_TOLD, _TOLD_TOO) in seen
+            shared = mark in seen
+            if mark.startswith(_NAMED):  # personas with ids may all be told the same
+                shared = _NAMELESS + mark.removeprefix(_NAMED) in seen
+            elif mark.startswith(_NAMELESS):
+                shared = shared or _NAMED + mark.removeprefix(_NAMELESS) in seen
             if shared:
                 raise LogError(
                     f"Training and test data share {name}; split by persona "
@@ -121,11 +120,11 @@ def refuse_leaks(train: Iterable[LoggedDialogue], test: Iterable[LoggedDialogue]
 
 def is_alone(dialogue: LoggedDialogue) -> bool:
     """Return whether nothing tells who the agent played: a split takes it for somebody else."""
-    known = dialogue.persona or dialogue.dialogue or dialogue.group is not None
+    known = dialogue.persona or dialogue.group is not None
     return not known and dialogue.messages[0]["role"] != "system"
 
 
-_TOLD, _TOLD_TOO = "told ", "told too "
+_NAMELESS, _NAMED = "told, nameless ", "told, named "
 """Before what a persona without an id was told, and before what one with an id was."""
 
 
@@ -140,7 +139,7 @@ def _marks(dialogue: LoggedDialogue) -> dict[str, str]:
     if dialogue.persona:
         marks[f"persona {dialogue.persona}"] = f"the persona {dialogue.persona!r}"
     if told is not None:
-        mark = f"{_TOLD_TOO if dialogue.persona else _TOLD}{_digest(told['content'])}"
+        mark = f"{_NAMED if dialogue.persona else _NAMELESS}{_digest(told['content'])}"
         marks[mark] = f"the persona text {told['content'][:60]!r}"
     elif not dialogue.persona and dialogue.group is not None:
         marks[f"group {dialogue.group}"] = f"the group {dialogue.group!r}"

@@ -108,15 +108,18 @@ def test_dialogues_of_nobodys_domain_are_scored_by_a_function() -> None:
     assert [r["messages"][-1] for r in seen] == [{"role": "assistant", "content": "Hm."}] * 4
     assert [r["messages"][:-1] for r in seen] == [d.history(t) for d in log for t in (0, 1)]
     assert [r["persona"] for r in seen] == ["a", "a", "", ""] and seen[0]["ticket"] == 7
-    assert found.persona_reward == pytest.approx({"a": 0.4, "3": 0.2})
+    assert found.persona_reward == pytest.approx({"a": 0.4, "group 3": 0.2})
     assert found.num_steps == 4
+    strangers = [told(chat_of(["No."], system=False)) for _ in range(3)]
+    alone = evaluate_steps(None, ScriptedPolicy(["Hm."]), strangers, score=lambda r: [1.0] * len(r))
+    assert len(alone.persona_reward) == 3
 
 
 @pytest.mark.parametrize("case", ["neither", "both", "too few"])
 def test_who_scores_must_be_clear(case: str) -> None:
     envs = worlds(2) if case == "both" else None
     score = None if case == "neither" else (lambda records: [1.0] * (len(records) - 1))
-    message = "returned 8 rewards for 9" if case == "too few" else "Who scores the lines"
+    message = "returned 8 values for 9" if case == "too few" else "Who scores the lines"
     with pytest.raises(ValueError, match=message):
         evaluate_steps(envs, ScriptedPolicy(["Hm."]), played(3), score=score)
 

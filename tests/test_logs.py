@@ -835,9 +835,14 @@ def test_a_function_scores_every_line_as_the_dialogue_stood() -> None:
         (None, None, None),
     ]
     assert len(calls) == 2 and sum(calls) == sum(t.num_turns for t in log)
-    with pytest.raises(ValueError, match=r"field 'rewards\[0\]': .*got 3\.0"):
-        list(score_log(log, lambda records: [3.0] * len(records)))
-    with pytest.raises(ValueError, match="returned 1 rewards for"):
+    for wrong in (3.0, math.nan, "0.5", [0.5]):
+        with pytest.raises(
+            ValueError, match=r"score returned .*; it returns a reward in \[-1, 1\]"
+        ):
+            list(score_log(log, lambda records, wrong=wrong: [wrong] * len(records)))
+    numbers = score_log(log, lambda records: np.linspace(0, 1, len(records), dtype=np.float32))
+    assert next(numbers).rewards == (0.0,)
+    with pytest.raises(ValueError, match="returned 1 values for"):
         list(score_log(log, lambda _: [1.0]))
 
 

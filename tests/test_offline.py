@@ -1248,19 +1248,55 @@ def test_the_loss_before_learning_is_what_a_still_agent_is_measured_at(settings:
 
 def test_a_step_in_which_no_turn_has_a_weight_moves_nothing() -> None:
     """Neither by the gradient, which is 0, nor by the momentum of the steps before."""
-    scored, unscored = rewarded(1.0, 0.5), rewarded(None, None)
-    for settings, moves in (({}, False), ({"sft_coef": 0.1}, True)):
-        agent = PPGAgent(two_letter_policy(LMPolicy), None, "full", learning_rate=0.01, seed=0)
+    scored, unscored = told(chat_of(["I do.", "No."])), told(chat_of(["No.", "I do."]))
+    unscored = replace(unscored, rewards=(None, None))
+    # A turn with a weight that nobody can read, because it lies beyond the context.
+    unread = replace(told(chat_of(["No.", "I like tea. " * 30])), rewards=(None, 1.0))
+    for second, settings, moves in (
+        (unscored, {}, False),
+        (unscored, {"sft_coef": 0.1}, True),
+        (unread, {}, False),
+        (scored, {}, True),
+    ):
+        policy = tiny_policy()
+        policy.network.context_length = 150
+        agent = PPGAgent(policy, None, "greedy", learning_rate=0.01, seed=0)
         ends: list[Tensor] = []
-        agent.learn_offline(
-            [scored, unscored],
-            batch_size=1,
-            shuffle=0,
-            callback=lambda a, ends=ends: ends.append(weights_of(a)),
-            **settings,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*beyond the context")
+            agent.learn_offline(
+                [scored, second],
+                batch_size=1,
+                shuffle=0,
+                callback=lambda a, ends=ends: ends.append(weights_of(a)),
+                **settings,
+            )
         assert len(ends) == 2
         assert torch.equal(ends[0], ends[1]) != moves
+
+
+def test_without_a_measurement_there_is_no_best_epoch_to_go_back_to() -> None:
+    agent, ends = offline_agent(), []
+
+    def stop(a: PPGAgent) -> bool:
+        ends.append(weights_of(a))
+        return len(ends) < 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        agent.learn_offline(
+            small_log(8), validation=small_log(6, 30), batch_size=2, patience=2, callback=stop
+        )
+    assert torch.equal(weights_of(agent), ends[1])
+
+
+def test_where_every_step_was_skipped_that_is_what_is_said() -> None:
+    agent = offline_agent(skip_grad_norm=1e-9, max_skips=99)
+    with pytest.warns(UserWarning, match="Nothing was learned: all 4 gradients") as told_of:
+        agent.learn_offline(
+            small_log(8), validation=small_log(6, 30), epochs=2, batch_size=4, patience=5
+        )
+    assert not any("before it learned" in str(w.message) for w in told_of)
 
 
 def test_all_epochs_without_patience_keep_the_last_weights() -> None:

@@ -247,6 +247,22 @@ def test_a_log_that_nobody_scored_becomes_one_that_is(
     assert list(read_log(out)) == found
 
 
+def test_dialogues_of_two_domains_are_not_judged_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = played("therapy", 2) + played("chatting", 1)
+    write_log(tmp_path / "log.jsonl", map(parse_dialogue, records))
+    for command in (
+        ("rejudge", tmp_path / "log.jsonl", "--judge", "rules", "--out", tmp_path / "out.jsonl"),
+        ("evaluate", "--log", tmp_path / "log.jsonl"),
+    ):
+        with pytest.raises(SystemExit):
+            ppg(monkeypatch, *command)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "'therapy' in its first dialogue, 'chatting' in number 3" in shown
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_run_without_rewards_is_judged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +273,10 @@ def test_a_run_without_rewards_is_judged(
     again = list(read_records(tmp_path / "run" / "rejudged" / "rules.jsonl"))
     assert [r["rewards"] for r in again] == [r["rewards"] for r in records]
     assert f"{np.mean([r['rewards'] for r in records]):.3f}" in capsys.readouterr().out
+    RunFolder(tmp_path / "own", {}).write_transcripts(bare)
+    judges = ("--judges", "rules", "rules", "--domain", "therapy")
+    ppg(monkeypatch, "calibrate", tmp_path / "own", *judges)
+    assert "│ therapy" in capsys.readouterr().out
 
 
 def test_single_turns_of_an_agent_are_measured_on_a_log(
@@ -285,7 +305,7 @@ def test_calibrate_compares_two_judges_by_domain(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("rejudge", "nowhere", "--judge", "rules"), "There are no dialogues"),
+        (("rejudge", "nowhere", "--judge", "rules"), "There is no run and no log nowhere"),
         (("rejudge", "{run}", "--judge", "rulez"), "got 'rulez'"),
         (("calibrate", "{run}", "--judges", "stored", "openai:m@nowhere"), "m@nowhere"),
     ],
