@@ -8,9 +8,9 @@ used. Speakers: the untrained bundled model, or the same after some updates of f
 online. Every cell (speaker, domain, method, N) starts from the untrained model and takes the same
 gradient steps at the same learning rates, so a small log is read more often, not less. Measured on
 test personas, on whole dialogues of the trained model (rollout) and on single turns after logged
-histories (step). Beside it stands what an endless log of that speaker would teach, computed exactly
-from how often it spoke each dialogue act. Cells that are in the output folder already are not run
-again.
+histories (step). Beside it stands what an endless log of that speaker would teach, computed from
+how often it spoke each dialogue act. Cells that are in the output folder already are not run again;
+after a change of the code take another folder.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import gymnasium as gym
@@ -167,23 +168,32 @@ def habits(
 
 
 def endless(records: list[dict[str, Any]], domain: str, methods: Iterable[str]) -> dict[str, float]:
-    """Return what each method's policy earns a turn if the log is endless, and the speaker's."""
-    personas = bundled_personas(domain)
-    kinds = Counter(DOMAINS[domain].dynamics(persona) for persona in personas)
+    """Return what each method earns a turn on test personas after an endless log of this speaker.
+
+    Exact for a speaker whose next act depends on the turn and on what the dynamics remember, as
+    often as in the records, and on nothing else. "sft" earns what the speaker does.
+    """
+    train, test = (
+        Counter(map(DOMAINS[domain].dynamics, bundled_personas(domain, split)))
+        for split in ("train", "test")
+    )
+    kinds = list(train | test)
     processes = [ActProcess(kind) for kind in kinds]
-    share_K = np.array(list(kinds.values())) / len(personas)
+    logged_K, met_K = (
+        np.array([split[kind] / split.total() for kind in kinds]) for split in (train, test)
+    )
     spoke_TSA = habits(records, domain, processes)
-    found = {"speaker": float(share_K @ [process.value(spoke_TSA) for process in processes])}
+    found = {"sft": float(met_K @ [process.value(spoke_TSA) for process in processes])}
     for method in methods:
         if method in IMITATION:
             continue
         weight_TT = parse_credit(method).weights(processes[0].num_turns)
         mean_KT = np.array([process.mean_credit(spoke_TSA, weight_TT) for process in processes])
         learned = [
-            process.value(process.learned_from_log(spoke_TSA, weight_TT, share_K @ mean_KT))
+            process.value(process.learned_from_log(spoke_TSA, weight_TT, logged_K @ mean_KT))
             for process in processes
         ]
-        found[method] = float(share_K @ learned)
+        found[method] = float(met_K @ learned)
     return found
 
 
@@ -243,7 +253,7 @@ def tables(found: Sequence[Point], limits: Limits) -> str:
         for domain, method in dict.fromkeys((point.domain, point.method) for point in own):
             row = {p.size: p for p in own if (p.domain, p.method) == (domain, method)}
             last, limit = row[max(row)], limits[speaker, domain]
-            end = limit["speaker"] if method in IMITATION else limit.get(method, math.nan)
+            end = limit.get(method, math.nan)
             gap = "" if last.over_greedy is None else f"{last.over_greedy:+.3f}"
             cells = [str(row[size].rollout) if size in row else "" for size in sizes]
             singles = [str(row[size].step) if size in row else "" for size in sizes]
@@ -284,7 +294,7 @@ def plot(found: Sequence[Point], limits: Limits, path: Path) -> None:
             above = np.nan_to_num([p.rollout.high - p.rollout.mean for p in own])
             style = {"color": colours[i % 6], "marker": "os^DvP"[i % 6], "markersize": 4}
             axis.errorbar(x, mean, [below, above], label=method, capsize=2, **style)
-            reached = limit["speaker"] if method in IMITATION else limit[method]
+            reached = limit.get(method, math.nan)
             place = end * (1 + 0.05 * (i - 2))
             axis.plot([x[-1], place], [mean[-1], reached], ":", color=colours[i % 6], lw=0.8)
             axis.plot([place], [reached], **style, markerfacecolor="white", ls="")
@@ -360,13 +370,19 @@ def main() -> None:
 
 def report(options: argparse.Namespace, cells: Sequence[Cell], rows: list[dict[str, Any]]) -> None:
     """Write tables and figure of the cells that were asked for."""
-    by_cell = {Cell(*(row[name] for name in Cell.__annotations__)): row for row in rows}
+    by_cell = {
+        Cell(*(row[name] for name in Cell.__annotations__)): row
+        for row in rows
+        if row["steps"] == options.steps
+    }
     found = points([by_cell[cell] for cell in cells])
     limits = {}
     for speaker, domain in product(options.speakers, options.domains):
-        files = [log_file(options.out, speaker, domain, "train", seed) for seed in options.seeds]
-        records = [dialogue.record() for file in files for dialogue in read_log(file)]
-        limits[speaker, domain] = endless(records, domain, options.methods)
+        each = []
+        for seed in options.seeds:
+            log = read_log(log_file(options.out, speaker, domain, "train", seed))
+            each.append(endless([d.record() for d in log], domain, options.methods))
+        limits[speaker, domain] = {name: fmean(own[name] for own in each) for name in each[0]}
     (options.out / "tables.md").write_text(tables(found, limits))
     plot(found, limits, options.out / "curve.png")
 
