@@ -303,7 +303,7 @@ def plot(found: Sequence[Point], limits: Limits, path: Path) -> None:
                 axis.axhline(point.rollout.mean, color="#000000", ls=":", label="untrained")
         if row == 0:
             axis.set_title(domain)
-        axis.set(xscale="log", ylim=(0, None))
+        axis.set_xscale("log")
         axis.set_xticks([*sizes, end], [*(f"{size:,}" for size in sizes), "endless"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
