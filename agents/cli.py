@@ -327,7 +327,9 @@ def train_agent(c: TrainConfig) -> None:
     if agent.processes.is_main_process:
         console.print(f"The agent is in {c.run}/agent")
         best = [row["offline/best_epoch"] for row in agent.history if "offline/best_epoch" in row]
-        if best:
+        if best and best[-1] == 0:
+            console.print("It is what it was before: no epoch was better on the validation log.")
+        elif best:
             console.print(f"It is that of epoch {best[-1]:.0f}, the best on the validation log.")
 
 

@@ -6,7 +6,6 @@ test_chat_server.py and test_chat_faults.py.
 
 from __future__ import annotations
 
-import _thread
 import asyncio
 import json
 import logging
@@ -815,18 +814,23 @@ def test_the_error_waits_for_those_that_are_under_way():
 
 def test_ctrl_c_waits_for_nobody_and_nothing_further_is_begun():
     begun, both, release = [], threading.Barrier(2), threading.Event()
+    main = threading.main_thread().ident
 
     def work(i):
         begun.append(i)
         if len(begun) <= 2:
             both.wait(20)
-            if i == 1:
-                _thread.interrupt_main()
+            if i == 1:  # a true signal: it wakes a main thread that waits already
+                signal.pthread_kill(main, signal.SIGINT)
         release.wait(20)
 
     before = set(threading.enumerate())
-    with pytest.raises(KeyboardInterrupt):
-        side_by_side(work, range(1000), 2)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            side_by_side(work, range(6), 2)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     workers = set(threading.enumerate()) - before
     assert len(workers) == 2
     release.set()

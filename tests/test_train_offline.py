@@ -14,6 +14,7 @@ import gymnasium as gym
 import pytest
 import torch
 from test_cli import Terminal
+from test_offline import small_log
 from test_reading import chat_of, told
 from test_train import ROOT, changed, go, spoil_gradients
 from tiny_models import tiny_policy
@@ -158,12 +159,24 @@ def test_baselines_of_imitation_are_a_flag_away(method: str, config: TrainConfig
     assert sum(means) / 3 == pytest.approx({"sft": 1.0, "filtered": 0.25}[method])
 
 
-def test_an_early_stop_keeps_the_best_pass_and_says_which(config: TrainConfig) -> None:
-    config = with_settings(changed(config, learning_rate=0.01), epochs=30, patience=2, method="sft")
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, str]:
+    """Return two logs of lines that the model would not say itself, and can learn to."""
+    paths = {name: str(tmp_path / f"{name}.jsonl") for name in ("offline", "validation")}
+    write_log(paths["offline"], small_log(6))
+    write_log(paths["validation"], small_log(6, 30))
+    return paths
+
+
+def test_an_early_stop_keeps_the_best_pass_and_says_which(
+    config: TrainConfig, texts: dict[str, str]
+) -> None:
+    config = changed(config, learning_rate=0.01, **texts)
+    config = with_settings(config, epochs=40, patience=2, method="sft")
     agent = go(config)
     losses = [v for row in agent.history if (v := row.get("offline/validation_loss")) is not None]
     best = losses.index(min(losses)) + 1
-    assert len(losses) == best + 2 < 30
+    assert best > 1 and len(losses) == best + 2 < 40
     result = json.loads((Path(config.run) / "result.json").read_text())
     assert result["kept_epoch"] == best == result["last"]["offline/best_epoch"]
     bests = [row["offline/best_epoch"] for row in agent.history if "offline/best_epoch" in row]
@@ -174,16 +187,19 @@ def test_an_early_stop_keeps_the_best_pass_and_says_which(config: TrainConfig) -
 
 
 def test_the_trained_agent_can_be_evaluated(
-    config: TrainConfig, terminal: Terminal, tmp_path: Path
+    config: TrainConfig, texts: dict[str, str], terminal: Terminal, tmp_path: Path
 ) -> None:
-    flags = ("--offline", str(config.offline), "--model", config.model, "--device", "cpu")
+    flags = ("--offline", texts["offline"], "--model", config.model, "--device", "cpu")
     run = tmp_path / "by command"
-    more = ("--validation", str(config.validation), "--offline-settings.batch-size", "6")
+    more = ("--validation", texts["validation"], "--offline-settings.batch-size", "6")
     patient = ("--offline-settings.epochs", "2", "--offline-settings.patience", "9")
+    more += ("--offline-settings.method", "sft", "--learning-rate", "1e-3")
     code = terminal.run("train", *flags, *more, *patient, "--run", str(run))
     assert code == 0, terminal.output
     best = json.loads((run / "result.json").read_text())["kept_epoch"]
-    assert f"It is that of epoch {best:.0f}, the best on the validation log" in terminal.words
+    assert (
+        best and f"It is that of epoch {best:.0f}, the best on the validation log" in terminal.words
+    )
     assert str(run / "agent") in terminal.words
     personas = tmp_path / "personas.jsonl"
     lines = (ROOT / "ppg_env/data/chatting.jsonl").read_text(encoding="utf-8").splitlines()[:3]
@@ -192,6 +208,23 @@ def test_the_trained_agent_can_be_evaluated(
     assert terminal.run("evaluate", "--agent", str(run / "agent"), *few) == 0, terminal.output
     envs = gym.make_vec("PersonaDialogue-v0", num_envs=2, max_turns=1, personas=str(personas))
     assert len(evaluate_policy(envs, PPGAgent.load(run / "agent")).transcripts) == 3
+
+
+def test_that_no_pass_was_better_than_the_start_is_said(
+    config: TrainConfig, terminal: Terminal, tmp_path: Path
+) -> None:
+    """The tiny model cannot get better at imitating itself."""
+    flags = ("--offline", str(config.offline), "--model", config.model, "--device", "cpu")
+    more = ("--validation", str(config.validation), "--offline-settings.patience", "2")
+    more += ("--offline-settings.method", "sft", "--learning-rate", "0.01")
+    run = tmp_path / "run"
+    with pytest.warns(UserWarning, match="No epoch had a lower validation loss"):
+        assert terminal.run("train", *flags, *more, "--run", str(run)) == 0, terminal.output
+    assert json.loads((run / "result.json").read_text())["kept_epoch"] == 0
+    assert "no epoch was better on the validation log" in terminal.words
+    assert torch.equal(
+        weights_of(PPGAgent.load(run / "agent")), weights_of(PPGAgent(config.model, None))
+    )
 
 
 # --- stopping and going on ------------------------------------------------------------------------
