@@ -812,7 +812,7 @@ def test_the_error_waits_for_those_that_are_under_way():
     assert finished.is_set()
 
 
-def test_ctrl_c_waits_for_nobody_and_nothing_further_is_begun():
+def test_ctrl_c_waits_for_nobody_and_nothing_further_is_begun(heeds_ctrl_c):
     begun, both, release = [], threading.Barrier(2), threading.Event()
     main = threading.main_thread().ident
 
@@ -825,12 +825,8 @@ def test_ctrl_c_waits_for_nobody_and_nothing_further_is_begun():
         release.wait(20)
 
     before = set(threading.enumerate())
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            side_by_side(work, range(6), 2)
-    finally:
-        signal.signal(signal.SIGINT, usual)
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side(work, range(6), 2)
     workers = set(threading.enumerate()) - before
     assert len(workers) == 2
     release.set()

@@ -146,7 +146,7 @@ def test_ctrl_c_in_the_demo_tells_how_to_go_on(
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_real_terminal_stops_everything_and_keeps_what_is_done(
-    tmp_path: Path,
+    tmp_path: Path, heeds_ctrl_c: None
 ) -> None:
     budget = ("--budgets", "4000000", *TINY[2:], "--max-turns", "1", "--workers", "2")
     command = ("demo", "--run", str(tmp_path), "--domains", "chatting", "--methods", "greedy")
