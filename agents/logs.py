@@ -31,6 +31,7 @@ surrogate), which UTF-8 has no bytes for, is written as its JSON escape.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -218,7 +219,7 @@ def write_log(path: str | Path, dialogues: Iterable[LoggedDialogue]) -> int:
     Raises:
         LogError: for a dialogue that `read_log` would refuse, if there are none, and if the place
             is no file's; a file that was there before still is.
-        OSError: names the file that could not be written.
+        OSError: names the file that could not be written or, if the disk is full, this one.
     """
     path, number = Path(path), 0
     target = path.resolve()  # what a link points to, not the link
@@ -234,8 +235,10 @@ def write_log(path: str | Path, dialogues: Iterable[LoggedDialogue]) -> int:
         if not number:
             raise LogError(f"There are no dialogues to write to {path}.")
         draft.replace(target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    except OSError as error:  # others name their file, or are of where the dialogues come from
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         draft.unlink(missing_ok=True)
     return number
@@ -357,18 +360,25 @@ def _one_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _one_line(dialogue: LoggedDialogue, number: int) -> bytes:
-    name = ""
     try:
-        for name, value in dialogue.extra.items():  # all others are checked  # noqa: B007
-            json.dumps(value, allow_nan=False)
         text = json.dumps(dialogue.record(), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
+        odd = [repr(name) for name, value in dialogue.extra.items() if _is_odd(value)]
         raise LogError(
-            f"Dialogue {number} cannot be written: field {name!r} is nothing that JSON knows "
-            f"({error})."
+            f"Dialogue {number} cannot be written: JSON does not know what is in the field "
+            f"{', '.join(odd) or 'messages'} ({error})."
         ) from error
     # What UTF-8 cannot encode are lone surrogates, and their Python escape is the JSON one.
     return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _is_odd(value: object) -> bool:
+    """Return whether JSON cannot hold it."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, TypeError, RecursionError):
+        return True
+    return False
 
 
 def _own_lines(messages: Messages) -> int:

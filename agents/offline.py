@@ -142,9 +142,9 @@ class LearnsOffline(ABC):
         Every gradient step appends a row to `history`; the last of an epoch also has
         `offline/validation_loss`, see validation.py. With `patience` the weights of the best epoch
         are kept, and `offline/best_epoch` tells which; 0 = those before learning, if no epoch was
-        better. Of the agent's own settings count those of
-        the gradient step (learning_rate, lr_schedule, kl_coef, max_grad_norm, skip_grad_norm,
-        max_skips, token_budget) and `scale`; the others are about playing.
+        better. Of the agent's own settings count those of the gradient step (learning_rate,
+        lr_schedule, kl_coef, max_grad_norm, skip_grad_norm, max_skips, token_budget) and `scale`;
+        the others are about playing.
 
         Args:
             log: a log file (streamed: it may be larger than memory) or dialogues.

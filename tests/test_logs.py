@@ -732,7 +732,29 @@ def test_a_persona_with_an_id_on_one_side_only_is_a_leak() -> None:
     assert split_by_persona([named, other], 0.5)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "folder", "no folder", "full"])
+def test_a_full_disk_is_told_with_the_file_and_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, usual[1]))
+    try:
+        with pytest.raises(OSError, match=r"log\.jsonl'$"):
+            write_log(tmp_path / "log.jsonl", [short(f"p{i}") for i in range(500)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_where_dialogues_come_from_is_not_one_of_the_file(tmp_path: Path) -> None:
+    def unreachable() -> Iterator[LoggedDialogue]:
+        yield short("p")
+        raise ConnectionRefusedError(111, "the judge is down")
+
+    with pytest.raises(ConnectionRefusedError, match="the judge is down") as caught:
+        write_log(tmp_path / "log.jsonl", unreachable())
+    assert caught.value.filename is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "no folder", "taken"])
 def test_a_log_is_not_written_where_no_file_can_be(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     if kind == "pipe":
@@ -744,9 +766,9 @@ def test_a_log_is_not_written_where_no_file_can_be(kind: str, tmp_path: Path) ->
     else:
         (tmp_path / "log.jsonl.part").mkdir()  # what is written to first
     message = "no folder .*no to write" if kind == "no folder" else "log.jsonl"
-    with pytest.raises(OSError if kind == "full" else LogError, match=message):
+    with pytest.raises(OSError if kind == "taken" else LogError, match=message):
         write_log(path, [short("p")])
-    assert kind not in ("pipe", "full") or not path.is_file()
+    assert kind not in ("pipe", "taken") or not path.is_file()
     if kind == "pipe":
         assert path.is_fifo()
 
@@ -767,7 +789,9 @@ def test_a_field_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_field_that_json_does_not_know_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LogError, match=r"Dialogue 2 cannot be written: field 'score' is nothing"):
+    with pytest.raises(
+        LogError, match=r"Dialogue 2 cannot be written: JSON does not know .* 'score'"
+    ):
         write_log(tmp_path / "x.jsonl", [short("p"), short("q", score=math.nan)])
     assert not list(tmp_path.iterdir())
 
